@@ -1,0 +1,26 @@
+"""What an engine is told at start. Plain values; the settings of the service translate into this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    model: a directory or a hub id. dtype: "auto" (bf16 on a GPU, fp32 on a CPU), "float32", "bfloat16", "float16".
+    state_dtype: dtype of the SSM state. device: "auto", "cpu", "cuda", "cuda:1". max_num_seqs: rows that run at once,
+    None to compute it from memory. prefill_budget: prompt tokens taken into one step. memory_fraction: share of the
+    free device memory that states may take when max_num_seqs is None. num_threads: CPU threads, None for torch's own.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+    state_dtype: str = "float32"
+    device: str = "auto"
+    max_num_seqs: int | None = None
+    prefill_budget: int | None = None
+    memory_fraction: float = 0.5
+    num_threads: int | None = None

@@ -1,0 +1,125 @@
+"""What goes into the engine and what comes out of it: frozen records of token ids, no text, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token of a sequence is drawn. Values are already validated; defaults change nothing.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. ``logprobs`` is None for none, 0 for the sampled
+    token only, k for the k likeliest beside it. ``seed`` is always set: whoever builds the request draws one.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt and the ``n`` continuations wanted of it.
+
+    ``stop_token_ids`` end a sequence, end-of-text included unless the client asked to ignore it. ``max_tokens`` 0
+    is allowed together with ``prompt_logprobs``, whose meaning is that of ``SamplingParams.logprobs``.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = 1
+    prompt_logprobs: int | None = None
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probability of one token, and of the likeliest tokens in falling order."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One more token of sample ``sample``, or its end, or both.
+
+    ``token_id`` is None only when a sequence ends without a token: ``max_tokens`` 0, abort or error. A stop token is
+    delivered like any other, with ``stop_reason`` set to its id. ``error`` says what went wrong, without paths.
+    """
+
+    request_id: str
+    sample: int
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobsEvent:
+    """Log-probabilities of prompt tokens ``start``, ``start + 1``, ...; those of token 0 do not exist, so start >= 1.
+
+    Slices arrive in order and before the first ``TokenEvent`` of the request.
+    """
+
+    request_id: str
+    start: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+Event = TokenEvent | PromptLogprobsEvent
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the rooms above need to know of a loaded model. ``model_dir`` is local, also when a hub id was asked for."""
+
+    model_dir: str
+    architecture: str
+    num_parameters: int
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    dtype: str
+    state_dtype: str
+    device: str
+    max_num_seqs: int
+    state_bytes_per_seq: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts at one instant, and totals since the engine process started."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_slots_used: int = 0
+    num_slots: int = 0
+    num_steps: int = 0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    last_step_rows: int = 0
+    last_step_prefill_tokens: int = 0

@@ -1,0 +1,57 @@
+"""How the sequences of one call lie end to end, and which state slot each of them continues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """B sequences packed into T tokens; made once per forward and shared by all layers.
+
+    slots [B] int64: the state slot of each sequence. cu_seqlens [B+1] int32: where each begins, and T at the end;
+    a sequence may be empty. num_tokens is T, max_seqlen the longest sequence: known to the host, so that no kernel
+    launch waits for the device. Index vectors derived from these are made on first use and kept.
+    """
+
+    slots: Tensor
+    cu_seqlens: Tensor
+    num_tokens: int
+    max_seqlen: int
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], slots: Tensor) -> Packing:
+        """Packing of sequences with these lengths, on the device of ``slots``."""
+        if len(lengths) != slots.shape[0]:
+            raise ValueError(f"{len(lengths)} lengths for {slots.shape[0]} slots")
+        offsets = [0]
+        for length in lengths:
+            offsets.append(offsets[-1] + length)
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32).to(slots.device, non_blocking=True)
+        return cls(slots, cu_seqlens, offsets[-1], max(lengths, default=0))
+
+    @classmethod
+    def step(cls, slots: Tensor) -> Packing:
+        """Packing of one token per row."""
+        rows = slots.shape[0]
+        return cls(slots, torch.arange(rows + 1, dtype=torch.int32, device=slots.device), rows, 1)
+
+    @property
+    def num_rows(self) -> int:
+        return self.slots.shape[0]
+
+    @property
+    def is_step(self) -> bool:
+        """Whether every row has exactly one token, so that the step ops apply."""
+        return self.max_seqlen == 1 and self.num_tokens == self.num_rows
+
+    @cached_property
+    def seq_idx(self) -> Tensor:
+        """The row of each token, [T] int32."""
+        tokens = torch.arange(self.num_tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        return torch.searchsorted(self.cu_seqlens[1:], tokens, right=True, out_int32=True)
