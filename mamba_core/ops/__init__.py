@@ -35,10 +35,12 @@ __all__ = [
 
 def _backend(x: Tensor) -> ModuleType:
     if x.device.type == "cuda":
-        from mamba_core.ops import triton as backend
-    else:
-        from mamba_core.ops import cpu as backend
-    return backend
+        from mamba_core.ops import triton
+
+        return triton
+    from mamba_core.ops import cpu
+
+    return cpu
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
@@ -48,12 +50,14 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
     updated in place. Returns [T, D] in x's dtype. Differentiable in x, weight and bias; no gradient flows through
     the state.
     """
-    return _backend(x).causal_conv1d(x, weight, bias, state, packing)
+    y: Tensor = _backend(x).causal_conv1d(x, weight, bias, state, packing)
+    return y
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
     """``causal_conv1d`` of one token per row: x [B, D], slots [B] int64. Not differentiable."""
-    return _backend(x).causal_conv1d_step(x, weight, bias, state, slots)
+    y: Tensor = _backend(x).causal_conv1d_step(x, weight, bias, state, slots)
+    return y
 
 
 def selective_scan(
@@ -76,7 +80,8 @@ def selective_scan(
     x, dt, z [T, D]; A [D, N] fp32, negative; B, C [T, N]; D, dt_bias [D]; state [S, D, N] updated in place.
     Arithmetic is fp32. Returns y [T, D] in x's dtype. Differentiable in everything but the state.
     """
-    return _backend(x).selective_scan(x, dt, A, B, C, D, z, dt_bias, state, packing)
+    y: Tensor = _backend(x).selective_scan(x, dt, A, B, C, D, z, dt_bias, state, packing)
+    return y
 
 
 def selective_scan_step(
@@ -92,12 +97,14 @@ def selective_scan_step(
     slots: Tensor,
 ) -> Tensor:
     """``selective_scan`` of one token per row: x, dt, z [B, D]; B, C [B, N]; slots [B] int64. Not differentiable."""
-    return _backend(x).selective_scan_step(x, dt, A, B, C, D, z, dt_bias, state, slots)
+    y: Tensor = _backend(x).selective_scan_step(x, dt, A, B, C, D, z, dt_bias, state, slots)
+    return y
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, in fp32; x [T, H], weight [H] or None. Returns x's dtype."""
-    return _backend(x).rms_norm(x, weight, eps)
+    y: Tensor = _backend(x).rms_norm(x, weight, eps)
+    return y
 
 
 def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -105,4 +112,7 @@ def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -
 
     Returns (norm in the weight's dtype [T, H], new residual [T, H]).
     """
-    return _backend(x).rms_norm_residual(x, residual, weight, eps)
+    norm: Tensor
+    total: Tensor
+    norm, total = _backend(x).rms_norm_residual(x, residual, weight, eps)
+    return norm, total

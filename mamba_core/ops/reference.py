@@ -18,6 +18,8 @@ def _spans(packing: Packing) -> list[tuple[int, int, int]]:
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
     outputs = []
     for slot, begin, end in _spans(packing):
+        if begin == end:
+            continue
         window = torch.cat([state[slot].T.to(x.dtype), x[begin:end]])  # [K-1+L, D]
         taps = window.float().unfold(0, weight.shape[1], 1)  # [L, D, K]
         y = (taps * weight.float()).sum(-1)
@@ -25,7 +27,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
             y = y + bias.float()
         outputs.append(F.silu(y).to(x.dtype))
         state[slot] = window[end - begin :].detach().T.to(state.dtype)
-    return torch.cat(outputs)
+    return torch.cat(outputs) if outputs else torch.empty_like(x)
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def selective_scan(
 ) -> Tensor:
     outputs = []
     for slot, begin, end in _spans(packing):
-        h = state[slot].float()  # [D, N]
+        h = state[slot].float().clone()  # [D, N]
         for t in range(begin, end):
             xt, zt = x[t].float(), z[t].float()  # [D]
             delta = F.softplus(dt[t].float() + dt_bias.float())
