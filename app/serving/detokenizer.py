@@ -1,0 +1,95 @@
+"""Token by token to text that never has to be taken back."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Protocol
+
+from app.serving.tokenizer import REPLACEMENT, Tokenizer
+
+# a character of UTF-8 has at most four bytes, so this many tokens without one will not become any
+MAX_WAITING_TOKENS = 16
+# tokens of the prompt that are enough to know how the next one joins them
+NUM_CONTEXT_TOKENS = 6
+
+
+class Detokenizer(Protocol):
+    """The text of one growing sequence. All pieces joined are the text, whatever the tokens' borders."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain with this token and was not before; empty inside a character."""
+
+    def flush(self) -> str:
+        """The end of the sequence: a character that was never completed, as U+FFFD."""
+
+
+def make_detokenizer(tokenizer: Tokenizer, context: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
+    """A detokenizer that goes on after the tokens of ``context``, whose own text it does not repeat."""
+    skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+    tail = [token for token in context[-NUM_CONTEXT_TOKENS:] if token not in skipped]
+    if tokenizer.token_bytes is not None:
+        return _ByteDetokenizer(tokenizer.token_bytes, tail, skipped)
+    return _WindowDetokenizer(tokenizer, tail, skipped)
+
+
+class _ByteDetokenizer:
+    """Byte-level vocabularies: bytes are joined and decoded as they come, at constant cost per token."""
+
+    __slots__ = ("_decoder", "_skipped", "_token_bytes")
+
+    def __init__(self, token_bytes: tuple[bytes, ...], context: Sequence[int], skipped: frozenset[int]) -> None:
+        self._token_bytes = token_bytes
+        self._skipped = skipped
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in context:
+            self.push(token)
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped or token_id >= len(self._token_bytes):
+            return ""
+        return self._decoder.decode(self._token_bytes[token_id])
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowDetokenizer:
+    """Any other vocabulary: the last tokens are decoded again together with each new one.
+
+    The window holds the tokens of the piece given last and those that wait after it, so that the cost of a token
+    does not grow with the sequence, and decoders that look at their neighbours (spaces, runs of bytes) see them.
+    """
+
+    __slots__ = ("_given", "_num_waiting", "_skipped", "_tokenizer", "_window")
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skipped: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._window = list(context)
+        self._num_waiting = 0
+        self._given = self._decode().rstrip(REPLACEMENT)
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        self._window.append(token_id)
+        self._num_waiting += 1
+        text = self._decode()
+        if text.endswith(REPLACEMENT) and self._num_waiting < MAX_WAITING_TOKENS:
+            return ""
+        return self._give(text)
+
+    def flush(self) -> str:
+        return self._give(self._decode()) if self._num_waiting else ""
+
+    def _give(self, text: str) -> str:
+        piece = text[len(self._given) :]
+        if piece:
+            self._window = self._window[-self._num_waiting :]
+            self._num_waiting = 0
+            self._given = self._decode()
+        return piece
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=False)
