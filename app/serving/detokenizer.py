@@ -85,7 +85,7 @@ class _WindowDetokenizer:
 
     def _give(self, text: str) -> str:
         piece = text[len(self._given) :]
-        if piece:
+        if piece or self._num_waiting >= MAX_WAITING_TOKENS:
             self._window = self._window[-self._num_waiting :]
             self._num_waiting = 0
             self._given = self._decode()

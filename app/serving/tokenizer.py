@@ -116,7 +116,6 @@ def _byte_table(backend: Backend) -> tuple[bytes, ...] | None:
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return None
     byte_of = _byte_alphabet()
-    added = backend.get_added_tokens_decoder()
     pieces = {index: piece for piece, index in backend.get_vocab(with_added_tokens=True).items()}
     return tuple(_piece_bytes(pieces.get(index, ""), byte_of) for index in range(max(pieces) + 1))
 

@@ -1,0 +1,61 @@
+"""A completion request that was checked and tokenized, ready to be run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.engine.request import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """One prompt: what the engine is asked, and what each of its choices starts with.
+
+    echo_text: the prompt's text, empty unless it is echoed. echo_offsets: where each prompt token starts in it, empty
+    unless log-probabilities are echoed.
+    """
+
+    request: GenerationRequest
+    echo_text: str = ""
+    echo_offsets: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedCompletion:
+    """Everything that running and answering one request needs.
+
+    id: of the answer. request_id: of the HTTP request, for logs. model: the name that was asked for. created: seconds
+    since 1970. started: ``time.monotonic`` when preparing began. logprobs: None or the number of alternatives.
+    end_of_text_ids: stop tokens that are no ``stop_reason``.
+    """
+
+    id: str
+    request_id: str
+    model: str
+    system_fingerprint: str
+    created: int
+    started: float
+    prompts: tuple[PreparedPrompt, ...]
+    n: int
+    logprobs: int | None
+    stops: tuple[str, ...]
+    end_of_text_ids: frozenset[int]
+    is_stop_included: bool
+    is_special_skipped: bool
+    is_stream: bool
+    has_usage_chunk: bool
+    has_continuous_usage: bool
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows of the engine that the request takes."""
+        return len(self.prompts) * self.n
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once."""
+        return sum(prompt.num_tokens for prompt in self.prompts)
