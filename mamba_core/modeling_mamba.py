@@ -1,0 +1,436 @@
+"""The Mamba language model: one forward for padded, packed, chunked and single-token input, on every device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from mamba_core import ops
+from mamba_core.cache import MambaCache
+from mamba_core.configuration_mamba import FalconMambaConfig, MambaConfig
+from mamba_core.loss import IGNORED_LABEL, cross_entropy, cross_entropy_in_pieces, next_tokens
+from mamba_core.ops import Packing
+from mamba_core.padding import PaddedRows
+
+# arguments that generate(), Trainer and pipelines pass to any model and that mean nothing to one without attention
+_MEANINGLESS = {"position_ids", "cache_position", "token_type_ids", "output_attentions"}
+
+
+@dataclass
+class MambaOutput(BaseModelOutputWithPast):  # type: ignore[misc]
+    """last_hidden_state [B, L, H], past_key_values (a MambaCache) and hidden_states."""
+
+    @property
+    def cache_params(self) -> MambaCache | None:
+        """The cache, under the name transformers' Mamba gives it."""
+        return self.past_key_values  # type: ignore[no-any-return]
+
+
+@dataclass
+class MambaCausalLMOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+    """loss, logits [B, L, V] in fp32, past_key_values (a MambaCache) and hidden_states."""
+
+    @property
+    def cache_params(self) -> MambaCache | None:
+        """The cache, under the name transformers' Mamba gives it."""
+        return self.past_key_values  # type: ignore[no-any-return]
+
+
+class MambaRMSNorm(nn.Module):
+    """Root-mean-square norm, alone or fused with the addition to the residual."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, H] and the residual so far -> (the norm of their sum, their sum in the residual's dtype)."""
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps), x
+        return ops.rms_norm_residual(x, residual, self.weight, self.eps)
+
+
+class MambaMixer(nn.Module):
+    """The selective state space layer (Gu & Dao 2023, section 3), in Falcon's form if ``mixer_rms_eps`` is set."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        channels, rank, states = config.intermediate_size, int(config.time_step_rank), config.state_size
+        self.config = config
+        self.channels, self.rank, self.states = channels, rank, states
+        self.inner_norm_eps: float | None = getattr(config, "mixer_rms_eps", None)
+        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(
+            channels,
+            channels,
+            config.conv_kernel,
+            groups=channels,
+            padding=config.conv_kernel - 1,
+            bias=config.use_conv_bias,
+        )
+        self.x_proj = nn.Linear(channels, rank + 2 * states, bias=False)
+        self.dt_proj = nn.Linear(rank, channels, bias=True)
+        self.A_log = nn.Parameter(torch.empty(channels, states, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(channels, dtype=torch.float32))
+        self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.use_bias)
+        self._A: tuple[tuple[int, int], Tensor] | None = None
+        self._flag_parameters()
+
+    def forward(self, hidden: Tensor, packing: Packing, conv_state: Tensor | None, ssm_state: Tensor | None) -> Tensor:
+        """hidden [T, H] -> [T, H]; without states, ``packing`` counts its rows 0, 1, ... and starts them from zero."""
+        if conv_state is None or ssm_state is None:
+            conv_state, ssm_state = self._scratch_states(hidden, packing.num_rows)
+        is_step = packing.is_step and not torch.is_grad_enabled()
+        xz = self.in_proj(hidden)  # [T, 2D]
+        x, z = xz[:, : self.channels], xz[:, self.channels :]
+        taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if is_step:
+            x = ops.causal_conv1d_step(x, taps, bias, conv_state, packing.slots)
+        else:
+            x = ops.causal_conv1d(x, taps, bias, conv_state, packing)
+        dt, B, C = self._select(x)
+        if is_step:
+            y = ops.selective_scan_step(x, dt, self.A(), B, C, self.D, z, self.dt_proj.bias, ssm_state, packing.slots)
+        else:
+            y = ops.selective_scan(x, dt, self.A(), B, C, self.D, z, self.dt_proj.bias, ssm_state, packing)
+        return self.out_proj(y)  # type: ignore[no-any-return]
+
+    def A(self) -> Tensor:
+        """-exp(A_log) [D, N] in fp32; kept between calls while evaluating, until ``A_log`` changes."""
+        if self.training or torch.is_grad_enabled() or self.A_log.is_inference():
+            return -torch.exp(self.A_log.float())
+        key = (self.A_log.data_ptr(), self.A_log._version)
+        if self._A is None or self._A[0] != key:
+            self._A = (key, -torch.exp(self.A_log.float()))
+        return self._A[1]
+
+    def train(self, mode: bool = True) -> MambaMixer:
+        self._A = None
+        self._flag_parameters()
+        return super().train(mode)
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What depends on the input: dt [T, D] before its bias, B [T, N] and C [T, N]."""
+        dt, B, C = torch.split(self.x_proj(x), [self.rank, self.states, self.states], dim=-1)
+        if self.inner_norm_eps is not None:
+            dt, B, C = (ops.rms_norm(part, None, self.inner_norm_eps) for part in (dt, B, C))
+        return F.linear(dt, self.dt_proj.weight), B, C
+
+    def _scratch_states(self, hidden: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        conv = hidden.new_zeros(num_rows, self.channels, self.config.conv_kernel - 1)
+        ssm = hidden.new_zeros(num_rows, self.channels, self.states, dtype=torch.float32)
+        return conv, ssm
+
+    def _flag_parameters(self) -> None:
+        # from_pretrained replaces parameters, so that flags set once would be lost
+        for parameter in (self.A_log, self.D):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+class MambaBlock(GradientCheckpointingLayer):  # type: ignore[misc]
+    """Norm and mixer. The sum with the residual is left to the next norm, which does both in one pass."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = MambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = MambaMixer(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        packing: Packing,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [T, H], residual [T, H] or None -> (mixer output, residual before it)."""
+        normed, residual = self.norm(hidden, residual)
+        if self.residual_in_fp32:
+            residual = residual.float()
+        return self.mixer(normed, packing, conv_state, ssm_state), residual
+
+
+class MambaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """Initialisation and loading."""
+
+    config_class = MambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MambaBlock"]
+    _keep_in_fp32_modules_strict = [r"mixer\.A_log$", r"mixer\.D$"]
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the paper's code does; transformers' init functions leave alone what was loaded."""
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None and isinstance(module, nn.Linear):
+                init.zeros_(module.bias)
+            elif module.bias is not None:
+                bound = module.kernel_size[0] ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, MambaRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, MambaMixer):
+            _init_mixer(module)
+
+
+class MambaModel(MambaPreTrainedModel):
+    """Embeddings, blocks and the final norm."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([MambaBlock(config) for _ in range(config.num_hidden_layers)])
+        self.norm_f = MambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        self.embeddings = new_embeddings
+
+    def forward_packed(
+        self,
+        hidden: Tensor,
+        packing: Packing,
+        cache: MambaCache | None,
+        layer_outputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Embedded tokens [T, H] of packed sequences -> hidden states [T, H] after the final norm.
+
+        With a cache, row b continues slot ``packing.slots[b]`` and leaves its new state there; without one every row
+        starts from zero. The output of each block is appended to ``layer_outputs`` if given. Raises ValueError when
+        carried states meet gradient checkpointing, whose second pass would advance them again.
+        """
+        if packing.num_tokens == 0:
+            return hidden
+        if cache is None:
+            packing = dataclasses.replace(packing, slots=torch.arange(packing.num_rows, device=hidden.device))
+        elif self.training and any(block.gradient_checkpointing for block in self.layers):
+            raise ValueError("a cache cannot be carried under gradient checkpointing: pass use_cache=False")
+        residual: Tensor | None = None
+        for index, block in enumerate(self.layers):
+            conv_state, ssm_state = (None, None) if cache is None else cache.layer(index)
+            hidden, residual = block(hidden, residual, packing, conv_state, ssm_state)
+            if layer_outputs is not None:
+                layer_outputs.append(residual + hidden)
+        return self.norm_f(hidden, residual)[0]  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: MambaCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_params: MambaCache | None = None,
+        **kwargs: Any,
+    ) -> MambaOutput | tuple[Any, ...]:
+        """input_ids [B, L] or inputs_embeds [B, L, H] -> last_hidden_state [B, L, H], zero at padding.
+
+        attention_mask: 1 at real tokens, 0 at padding anywhere, [B, L] or wider, of which the last L columns count;
+        padded positions do not exist for the model. ``past_key_values`` (or ``cache_params``) continues the rows.
+        """
+        _refuse_unknown(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        rows = PaddedRows.of(embeds, attention_mask)
+        cache = self._pick_cache(past_key_values, cache_params, use_cache, embeds)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        layer_outputs: list[Tensor] | None = [] if output_hidden_states else None
+
+        last = rows.unpack(self.forward_packed(rows.pack(embeds), rows.packing, cache, layer_outputs))
+        hidden_states = None
+        if layer_outputs is not None:
+            hidden_states = (*(rows.unpack(output) for output in layer_outputs), last)
+        if cache is not None:
+            cache.advance(embeds.shape[1])
+        output = MambaOutput(last, past_key_values=cache, hidden_states=hidden_states)
+        return output if self._wants_dict(return_dict) else output.to_tuple()
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return bool(self.config.return_dict if return_dict is None else return_dict)
+
+    def _pick_cache(
+        self,
+        past_key_values: MambaCache | None,
+        cache_params: MambaCache | None,
+        use_cache: bool | None,
+        embeds: Tensor,
+    ) -> MambaCache | None:
+        """The cache passed in under either name, a new one if one is wanted, or None."""
+        if past_key_values is not None and cache_params is not None and past_key_values is not cache_params:
+            raise ValueError("past_key_values and cache_params are the same argument and differ")
+        cache = past_key_values if past_key_values is not None else cache_params
+        if cache is not None:
+            if not isinstance(cache, MambaCache):
+                raise ValueError(f"past_key_values must be a MambaCache, got {type(cache).__name__}")
+            if cache.num_slots != embeds.shape[0]:
+                raise ValueError(f"past_key_values holds {cache.num_slots} rows, the batch has {embeds.shape[0]}")
+            return cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        is_recomputed = self.training and any(block.gradient_checkpointing for block in self.layers)
+        if not use_cache or is_recomputed or embeds.shape[0] == 0:
+            return None
+        return MambaCache.from_config(self.config, embeds.shape[0], dtype=embeds.dtype, device=embeds.device)
+
+
+class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Mamba with a language modeling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__(config)
+        self.backbone = MambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        self.backbone.set_input_embeddings(new_embeddings)
+
+    def forward_packed(self, input_ids: Tensor, packing: Packing, cache: MambaCache | None) -> Tensor:
+        """Token ids [T] of packed sequences -> hidden states [T, H]; see ``MambaModel.forward_packed``."""
+        return self.backbone.forward_packed(self.backbone.embeddings(input_ids), packing, cache)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [*, H] -> logits [*, V] in fp32, the products in the weights' dtype."""
+        return self.lm_head(hidden.to(self.lm_head.weight.dtype)).float()  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: MambaCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache_params: MambaCache | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> MambaCausalLMOutput | tuple[Any, ...]:
+        """Logits of the last ``logits_to_keep`` positions (0 for all, or a tensor of positions), and the loss.
+
+        labels [B, L] are shifted here; -100 is ignored, and so is what a padded position would predict. The loss is
+        the mean over what is left, or the sum over ``num_items_in_batch``. With ``fuse_linear_cross_entropy`` in the
+        configuration the logits of all positions never exist together and none are returned beside a loss.
+        Other arguments as in ``MambaModel.forward``.
+        """
+        outputs = self.backbone(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        logits, loss = None, None
+        if labels is None or not self.config.fuse_linear_cross_entropy:
+            logits = self.compute_logits(_keep(hidden, logits_to_keep))
+        if labels is not None:
+            if labels.shape != hidden.shape[:2]:
+                raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
+            targets = next_tokens(labels.to(hidden.device), attention_mask)
+            count = (targets != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = self._loss(hidden, logits, targets) / count
+        output = MambaCausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        return output if self.backbone._wants_dict(return_dict) else output.to_tuple()
+
+    def _loss(self, hidden: Tensor, logits: Tensor | None, targets: Tensor) -> Tensor:
+        """Summed cross entropy, from the logits if there are some of every position."""
+        if logits is not None and logits.shape[:2] == targets.shape:
+            return cross_entropy(logits, targets)
+        return cross_entropy_in_pieces(hidden, targets, self.compute_logits, self.config.vocab_size)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        is_next_token = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
+        if is_next_token and kwargs.get("past_key_values") is not None:
+            # every row has exactly one new token, and looking at the mask would wait for the device
+            inputs["attention_mask"] = None
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, _generation_config: Any, model_kwargs: dict[str, Any], *_args: Any, **_kwargs: Any
+    ) -> None:
+        # the first forward makes the cache, whose size depends on nothing but the number of rows
+        if (cache := model_kwargs.pop("cache_params", None)) is not None:
+            model_kwargs["past_key_values"] = cache
+
+
+class FalconMambaModel(MambaModel):
+    """``MambaModel`` under the configuration of FalconMamba."""
+
+    config_class = FalconMambaConfig
+
+
+class FalconMambaForCausalLM(MambaForCausalLM):
+    """``MambaForCausalLM`` under the configuration of FalconMamba."""
+
+    config_class = FalconMambaConfig
+
+
+def _keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:]
+    return hidden[:, logits_to_keep]
+
+
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+    unknown = sorted(set(kwargs) - _MEANINGLESS)
+    if unknown:
+        raise TypeError(f"forward() got unexpected arguments: {', '.join(unknown)}")
+
+
+def _init_mixer(mixer: MambaMixer) -> None:
+    """S4D-real A, D of ones, and a dt whose softplus starts log-uniform in [dt_min, dt_max]."""
+    config = mixer.config
+    states = torch.arange(1, mixer.states + 1, dtype=torch.float32, device=mixer.A_log.device)
+    init.copy_(mixer.A_log, states.log().expand(mixer.channels, -1))
+    init.ones_(mixer.D)
+    bound = mixer.rank**-0.5 * config.time_step_scale
+    if config.time_step_init_scheme == "constant":
+        init.constant_(mixer.dt_proj.weight, bound)
+    else:
+        init.uniform_(mixer.dt_proj.weight, -bound, bound)
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    uniform = torch.rand(mixer.channels, dtype=torch.float32, device=mixer.dt_proj.bias.device)
+    dt = torch.exp(low + (high - low) * uniform).clamp(min=config.time_step_floor)
+    init.copy_(mixer.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    if config.rescale_prenorm_residual:
+        init.kaiming_uniform_(mixer.out_proj.weight, a=math.sqrt(5))
+        if not getattr(mixer.out_proj.weight, "_is_hf_initialized", False):
+            mixer.out_proj.weight /= math.sqrt(config.num_hidden_layers)
