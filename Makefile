@@ -43,13 +43,13 @@ format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	$(RUN)/ruff check --fix $(SOURCES)
 
 bench-ops bench-decode bench-prefill: bench-%: $(VENV)/.installed-bench ## measure one room: ARGS="--random 130m --device cpu"
-	@exec $(RUN)/python benchmarks/$*.py $(ARGS)
+	@exec $(RUN)/python -m benchmarks.$* $(ARGS)
 
 bench-memory: $(VENV)/.installed-bench ## peak memory of short and of very long requests
-	@exec $(RUN)/python benchmarks/memory.py --model $(MODEL) $(ARGS)
+	@exec $(RUN)/python -m benchmarks.memory --model $(MODEL) $(ARGS)
 
 bench-serve: $(VENV)/.installed-bench ## load a running server: ARGS="--url http://127.0.0.1:8000"
-	@exec $(RUN)/python benchmarks/serve.py $(ARGS)
+	@exec $(RUN)/python -m benchmarks.serve $(ARGS)
 
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
