@@ -159,12 +159,12 @@ def _load(directory: str, device: torch.device, dtype: torch.dtype) -> MambaForC
 
 
 def _weight_bytes(model: MambaForCausalLM) -> int:
-    total = sum(parameter.nbytes for parameter in model.parameters())
+    total: int = sum(parameter.nbytes for parameter in model.parameters())
     if model.config.tie_word_embeddings:
         return total
     # of an embedding that is not the head as well, a step reads a few rows
-    embedding: torch.Tensor = model.backbone.embeddings.weight
-    return total - embedding.nbytes
+    embedding: int = model.backbone.embeddings.weight.nbytes
+    return total - embedding
 
 
 def _layer_products(config: MambaConfig) -> int:
