@@ -1,0 +1,275 @@
+"""Selective scan on the GPU: how many programs, which kernels, what is kept for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mamba_core.ops.packing import Packing
+from mamba_core.ops.triton.layout import as_rows, check_state
+from mamba_core.ops.triton.scan_backward_kernels import scan_backward_kernel
+from mamba_core.ops.triton.scan_kernels import scan_carry_kernel, scan_kernel, scan_segment_kernel, scan_step_kernel
+
+# one channel per thread: the kernels' layout needs block = 32 * warps
+_WARPS = 2
+_BLOCK_D = 32 * _WARPS
+_BACKWARD_BLOCK_D = 32
+_CARRY_BLOCK = 128
+_STEP_BLOCK_D = 64
+# tokens between kept states: the recomputed states of one chunk should fit the L2 cache for all programs together
+_CHECKPOINT = 16
+# programs below which sequences are cut into segments, how many are then wanted, and a segment's least length
+_ENOUGH_PROGRAMS = 512
+_WANTED_PROGRAMS = 2048
+_LEAST_SEGMENT = 32
+# rows walked at once in the backward pass: bounds the scratch memory
+_BACKWARD_ROWS = 256
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    packing: Packing,
+) -> Tensor:
+    """See ``mamba_core.ops.selective_scan``."""
+    check_state(state)
+    if packing.num_tokens == 0:
+        return torch.empty_like(x)
+    inputs = tuple(as_rows(t) for t in (x, dt, A.contiguous(), B, C, D, z, dt_bias))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return _SelectiveScan.apply(*inputs, state, packing)
+    return _forward(inputs, state, packing, None)
+
+
+def segment_length(packing: Packing, dim: int) -> int:
+    """Tokens per segment: the longest sequence if there are programs enough without cutting sequences up."""
+    programs = packing.num_rows * triton.cdiv(dim, _BLOCK_D)
+    if programs >= _ENOUGH_PROGRAMS:
+        return packing.max_seqlen
+    segments = triton.cdiv(_WANTED_PROGRAMS, programs)
+    length = triton.cdiv(triton.cdiv(packing.max_seqlen, segments), _LEAST_SEGMENT) * _LEAST_SEGMENT
+    return length if 2 * length <= packing.max_seqlen else packing.max_seqlen
+
+
+def _forward(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing, checkpoint: Tensor | None) -> Tensor:
+    x, dt, A, B, C, D, z, dt_bias = inputs
+    dim, num_states = A.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    length = segment_length(packing, dim)
+    segments = triton.cdiv(packing.max_seqlen, length)
+    entry = _segment_entries(inputs, state, packing, segments, length) if segments > 1 else y
+    scan_kernel[(packing.num_rows * segments, triton.cdiv(dim, _BLOCK_D))](
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        y,
+        state,
+        entry,
+        y if checkpoint is None else checkpoint,
+        packing.slots,
+        packing.cu_seqlens,
+        x.stride(0),
+        dt.stride(0),
+        B.stride(0),
+        C.stride(0),
+        z.stride(0),
+        y.stride(0),
+        state.stride(0),
+        packing.num_tokens,
+        dim,
+        segments,
+        length,
+        1,
+        N=num_states,
+        BLOCK_N=triton.next_power_of_2(num_states),
+        BLOCK_D=_BLOCK_D,
+        CHECKPOINT=0 if checkpoint is None else _CHECKPOINT,
+        SEGMENTED=segments > 1,
+        num_warps=_WARPS,
+    )
+    return y
+
+
+def _segment_entries(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing, segments: int, length: int) -> Tensor:
+    """The state each segment starts from, [rows * segments, D, N] fp32; the last states are left in their slots."""
+    x, dt, A, B, _, _, _, dt_bias = inputs
+    dim, num_states = A.shape
+    items = packing.num_rows * segments
+    entry = torch.empty((items, dim, num_states), dtype=torch.float32, device=x.device)
+    total = torch.empty((items, dim), dtype=torch.float32, device=x.device)
+    scan_segment_kernel[(items, triton.cdiv(dim, _BLOCK_D))](
+        x,
+        dt,
+        A,
+        B,
+        dt_bias,
+        entry,
+        total,
+        packing.cu_seqlens,
+        x.stride(0),
+        dt.stride(0),
+        B.stride(0),
+        packing.num_tokens,
+        dim,
+        segments,
+        length,
+        1,
+        N=num_states,
+        BLOCK_N=triton.next_power_of_2(num_states),
+        BLOCK_D=_BLOCK_D,
+        num_warps=_WARPS,
+    )
+    scan_carry_kernel[(packing.num_rows, triton.cdiv(dim * num_states, _CARRY_BLOCK))](
+        A,
+        state,
+        entry,
+        total,
+        packing.slots,
+        packing.cu_seqlens,
+        state.stride(0),
+        dim,
+        segments,
+        length,
+        N=num_states,
+        BLOCK=_CARRY_BLOCK,
+        num_warps=4,
+    )
+    return entry
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """Keeps the inputs and the state before every ``_CHECKPOINT``-th token; the states between are recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *inputs, state, packing = args
+        _, _, A, *_ = inputs
+        # sequence b's checkpoints begin at entry begin // _CHECKPOINT + b, which leaves room for each without a sum
+        count = packing.num_tokens // _CHECKPOINT + packing.num_rows
+        checkpoint = torch.empty((count, A.shape[1], A.shape[0]), dtype=torch.float32, device=A.device)
+        y = _forward(tuple(inputs), state, packing, checkpoint)
+        ctx.save_for_backward(*inputs, checkpoint)
+        ctx.packing = packing
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, checkpoint = ctx.saved_tensors
+        return *_backward(tuple(inputs), checkpoint, ctx.packing, as_rows(dy)), None, None
+
+
+def _backward(inputs: tuple[Tensor, ...], checkpoint: Tensor, packing: Packing, dy: Tensor) -> tuple[Tensor, ...]:
+    x, dt, A, B, C, D, z, dt_bias = inputs
+    dim, num_states = A.shape
+    block_n = triton.next_power_of_2(num_states)
+    blocks = triton.cdiv(dim, _BACKWARD_BLOCK_D)
+    programs = min(packing.num_rows, _BACKWARD_ROWS)
+
+    def partial(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    dx, ddt, dz = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, z))
+    db, dc = (partial(blocks, packing.num_tokens, num_states) for _ in range(2))
+    da, dd, dbias = partial(programs, dim, num_states), partial(programs, dim), partial(programs, dim)
+    scan_backward_kernel[(programs, blocks)](
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        dy,
+        checkpoint,
+        partial(programs, blocks, _CHECKPOINT, block_n, _BACKWARD_BLOCK_D),
+        packing.cu_seqlens,
+        dx,
+        ddt,
+        dz,
+        db,
+        dc,
+        da,
+        dd,
+        dbias,
+        x.stride(0),
+        dt.stride(0),
+        B.stride(0),
+        C.stride(0),
+        z.stride(0),
+        dy.stride(0),
+        packing.num_tokens,
+        packing.num_rows,
+        dim,
+        1,
+        N=num_states,
+        BLOCK_N=block_n,
+        BLOCK_D=_BACKWARD_BLOCK_D,
+        CHECKPOINT=_CHECKPOINT,
+        num_warps=_BACKWARD_BLOCK_D // 32,
+    )
+    sums = ((da, A), (db, B), (dc, C), (dd, D), (dbias, dt_bias))
+    ga, gb, gc, gd, gbias = (p.sum(0).to(t.dtype) for p, t in sums)
+    return dx, ddt, ga, gb, gc, gd, dz, gbias
+
+
+def selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """See ``mamba_core.ops.selective_scan_step``."""
+    check_state(state)
+    x, dt, A, B, C, z = (as_rows(t) for t in (x, dt, A.contiguous(), B, C, z))
+    dim, num_states = A.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scan_step_kernel[(x.shape[0], triton.cdiv(dim, _STEP_BLOCK_D))](
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        y,
+        state,
+        slots,
+        x.stride(0),
+        dt.stride(0),
+        B.stride(0),
+        C.stride(0),
+        z.stride(0),
+        y.stride(0),
+        state.stride(0),
+        dim,
+        N=num_states,
+        BLOCK_N=triton.next_power_of_2(num_states),
+        BLOCK_D=_STEP_BLOCK_D,
+        num_warps=4,
+    )
+    return y

@@ -1,0 +1,285 @@
+"""Selective scan, forward: Triton kernels.
+
+A program owns BLOCK_D = 32 * num_warps channels of one sequence (or of one segment of it) and all their states. Tiles
+are [BLOCK_N, BLOCK_D] and every address in them is multiplied by ``unit``, a 1 that the compiler must not know: it then
+sees no contiguity to vectorise for and keeps its default layout, one channel per thread with all N states in registers,
+in which the recurrence and the sum over states need no exchange between threads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mamba_core.ops.triton.math import LOG2_E, sigmoid, softplus
+
+
+@triton.jit(do_not_specialize=["unit"])
+def scan_kernel(
+    x_ptr,
+    dt_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    d_ptr,
+    z_ptr,
+    bias_ptr,
+    y_ptr,
+    state_ptr,
+    entry_ptr,
+    checkpoint_ptr,
+    slots_ptr,
+    cu_seqlens_ptr,
+    x_stride,
+    dt_stride,
+    b_stride,
+    c_stride,
+    z_stride,
+    y_stride,
+    state_stride,
+    num_tokens,
+    dim,
+    num_segments,
+    segment_size,
+    unit,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHECKPOINT: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """Outputs of one segment: from ``entry`` [rows * segments, D, N] if segmented, else from and to the state.
+
+    With CHECKPOINT > 0 the state before every CHECKPOINT-th token of a sequence is kept for the backward pass.
+    """
+    item = tl.program_id(0).to(tl.int64)
+    row = item // num_segments
+    segment = item % num_segments
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    mask_d = d < dim
+    mask_n = n < N
+    mask = mask_n[:, None] & mask_d[None, :]
+    tile = d[None, :] * N * unit + n[:, None] * unit
+
+    begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64)
+    first = begin + segment * segment_size
+    length = tl.minimum(end - first, segment_size).to(tl.int32)
+
+    if SEGMENTED:  # noqa: SIM108  two pointer types
+        home_ptr = entry_ptr + item * dim * N
+    else:
+        home_ptr = state_ptr + tl.load(slots_ptr + row) * state_stride
+    h = tl.load(home_ptr + tile, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    skip = tl.load(d_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
+
+    # an empty sequence or segment reads some token too, and makes nothing of it
+    source = tl.minimum(first, num_tokens - 1)
+    x_ptrs = x_ptr + source * x_stride + d
+    dt_ptrs = dt_ptr + source * dt_stride + d
+    z_ptrs = z_ptr + source * z_stride + d
+    b_ptrs = b_ptr + source * b_stride + n
+    c_ptrs = c_ptr + source * c_stride + n
+    y_ptrs = y_ptr + first * y_stride + d
+
+    # the inputs of the next token are fetched before the store of this one, which would otherwise hold them back
+    next_x = tl.load(x_ptrs, mask=mask_d, other=0.0)
+    next_dt = tl.load(dt_ptrs, mask=mask_d, other=0.0)
+    next_z = tl.load(z_ptrs, mask=mask_d, other=0.0)
+    next_b = tl.load(b_ptrs, mask=mask_n, other=0.0)
+    next_c = tl.load(c_ptrs, mask=mask_n, other=0.0)
+    for i in range(0, length):
+        x = next_x.to(tl.float32)
+        delta = softplus(next_dt.to(tl.float32) + bias)
+        z = next_z.to(tl.float32)
+        b = next_b.to(tl.float32)
+        c = next_c.to(tl.float32)
+        # at the end the last token is read again, so that no read leaves the tensors
+        more = tl.where(i + 1 < length, 1, 0)
+        x_ptrs += more * x_stride
+        dt_ptrs += more * dt_stride
+        z_ptrs += more * z_stride
+        b_ptrs += more * b_stride
+        c_ptrs += more * c_stride
+        next_x = tl.load(x_ptrs, mask=mask_d, other=0.0)
+        next_dt = tl.load(dt_ptrs, mask=mask_d, other=0.0)
+        next_z = tl.load(z_ptrs, mask=mask_d, other=0.0)
+        next_b = tl.load(b_ptrs, mask=mask_n, other=0.0)
+        next_c = tl.load(c_ptrs, mask=mask_n, other=0.0)
+
+        if CHECKPOINT > 0:
+            position = segment * segment_size + i
+            if position % CHECKPOINT == 0:
+                index = begin // CHECKPOINT + row + position // CHECKPOINT
+                keep = index * dim * N + n[:, None] * dim * unit + d[None, :] * unit
+                tl.store(checkpoint_ptr + keep, h, mask=mask)
+        h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * b[:, None]
+        y = tl.sum(h * c[:, None], axis=0) + skip * x
+        y = y * (z * sigmoid(z))
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+        y_ptrs += y_stride
+    if not SEGMENTED:
+        tl.store(home_ptr + tile, h.to(state_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["unit"])
+def scan_segment_kernel(
+    x_ptr,
+    dt_ptr,
+    a_ptr,
+    b_ptr,
+    bias_ptr,
+    entry_ptr,
+    total_ptr,
+    cu_seqlens_ptr,
+    x_stride,
+    dt_stride,
+    b_stride,
+    num_tokens,
+    dim,
+    num_segments,
+    segment_size,
+    unit,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What one segment adds to the state: its last state from zero, in ``entry`` [rows * segments, D, N], and the
+    sum of its delta, in ``total`` [rows * segments, D], whose product with A is the log of the segment's decay."""
+    item = tl.program_id(0).to(tl.int64)
+    row = item // num_segments
+    segment = item % num_segments
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    mask_d = d < dim
+    mask_n = n < N
+    mask = mask_n[:, None] & mask_d[None, :]
+    tile = d[None, :] * N * unit + n[:, None] * unit
+
+    begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64)
+    first = begin + segment * segment_size
+    length = tl.minimum(end - first, segment_size).to(tl.int32)
+
+    a = tl.load(a_ptr + tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
+    h = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    # an empty sequence or segment reads some token too, and makes nothing of it
+    source = tl.minimum(first, num_tokens - 1)
+    x_ptrs = x_ptr + source * x_stride + d
+    dt_ptrs = dt_ptr + source * dt_stride + d
+    b_ptrs = b_ptr + source * b_stride + n
+    next_x = tl.load(x_ptrs, mask=mask_d, other=0.0)
+    next_dt = tl.load(dt_ptrs, mask=mask_d, other=0.0)
+    next_b = tl.load(b_ptrs, mask=mask_n, other=0.0)
+    for i in range(0, length):
+        x = next_x.to(tl.float32)
+        delta = softplus(next_dt.to(tl.float32) + bias)
+        b = next_b.to(tl.float32)
+        more = tl.where(i + 1 < length, 1, 0)
+        x_ptrs += more * x_stride
+        dt_ptrs += more * dt_stride
+        b_ptrs += more * b_stride
+        next_x = tl.load(x_ptrs, mask=mask_d, other=0.0)
+        next_dt = tl.load(dt_ptrs, mask=mask_d, other=0.0)
+        next_b = tl.load(b_ptrs, mask=mask_n, other=0.0)
+        h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * b[:, None]
+        total += delta
+    tl.store(entry_ptr + item * dim * N + tile, h, mask=mask)
+    tl.store(total_ptr + item * dim + d, total, mask=mask_d)
+
+
+@triton.jit
+def scan_carry_kernel(
+    a_ptr,
+    state_ptr,
+    entry_ptr,
+    total_ptr,
+    slots_ptr,
+    cu_seqlens_ptr,
+    state_stride,
+    dim,
+    num_segments,
+    segment_size,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Carry the state through the segments of one sequence, over flat (channel, state) elements.
+
+    Replaces what each segment adds by the state it starts from, and leaves the last state in the slot.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    d = element // N
+    mask = d < dim
+    begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64)
+    count = ((end - begin + segment_size - 1) // segment_size).to(tl.int32)
+    home = state_ptr + tl.load(slots_ptr + row) * state_stride + element
+    h = tl.load(home, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + element, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    entry_ptrs = entry_ptr + row * num_segments * dim * N + element
+    total_ptrs = total_ptr + row * num_segments * dim + d
+    for _ in range(0, count):
+        added = tl.load(entry_ptrs, mask=mask, other=0.0)
+        total = tl.load(total_ptrs, mask=mask, other=0.0)
+        tl.store(entry_ptrs, h, mask=mask)
+        h = tl.exp2(total * a) * h + added
+        entry_ptrs += dim * N
+        total_ptrs += dim
+    tl.store(home, h.to(state_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scan_step_kernel(
+    x_ptr,
+    dt_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    d_ptr,
+    z_ptr,
+    bias_ptr,
+    y_ptr,
+    state_ptr,
+    slots_ptr,
+    x_stride,
+    dt_stride,
+    b_stride,
+    c_stride,
+    z_stride,
+    y_stride,
+    state_stride,
+    dim,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One token of one row. Tiles are [BLOCK_D, BLOCK_N]: here the state's bytes are the cost, so it is read wide."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    mask_d = d < dim
+    mask_n = n < N
+    mask = mask_d[:, None] & mask_n[None, :]
+    tile = d[:, None] * N + n[None, :]
+    home = state_ptr + tl.load(slots_ptr + row) * state_stride + tile
+    h = tl.load(home, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    x = tl.load(x_ptr + row * x_stride + d, mask=mask_d, other=0.0).to(tl.float32)
+    dt = tl.load(dt_ptr + row * dt_stride + d, mask=mask_d, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + row * z_stride + d, mask=mask_d, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
+    skip = tl.load(d_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + row * b_stride + n, mask=mask_n, other=0.0).to(tl.float32)
+    c = tl.load(c_ptr + row * c_stride + n, mask=mask_n, other=0.0).to(tl.float32)
+    delta = softplus(dt + bias)
+    h = tl.exp2(delta[:, None] * a) * h + (delta * x)[:, None] * b[None, :]
+    tl.store(home, h.to(state_ptr.dtype.element_ty), mask=mask)
+    y = tl.sum(h * c[None, :], axis=1) + skip * x
+    y = y * (z * sigmoid(z))
+    tl.store(y_ptr + row * y_stride + d, y.to(y_ptr.dtype.element_ty), mask=mask_d)
