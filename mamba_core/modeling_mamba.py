@@ -375,10 +375,24 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
             return cross_entropy(logits, targets)
         return cross_entropy_in_pieces(hidden, targets, self.compute_logits, self.config.vocab_size)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        is_next_token = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
-        if is_next_token and kwargs.get("past_key_values") is not None:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: MambaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if next_sequence_length == 1 and past_key_values is not None and not is_first_iteration:
             # every row has exactly one new token, and looking at the mask would wait for the device
             inputs["attention_mask"] = None
         return inputs
