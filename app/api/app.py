@@ -1,0 +1,69 @@
+"""The application: plain construction from objects that are passed in."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from app import __version__
+from app.api.context import ServerContext
+from app.api.errors import HttpError, as_request_error, error_response
+from app.api.middleware import ApiKeys, LingeringClose, RequestContext
+from app.api.openapi import describe_bodies
+from app.api.routes import completions, models, operations
+from app.serving.errors import RequestError
+
+# paths that need no key; everything else does, what does not exist included
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
+METRICS_PATH = "/metrics"
+
+_DESCRIPTION = "Mamba language models behind OpenAI's API. Errors of every route have the same body."
+
+
+def create_app(context: ServerContext) -> FastAPI:
+    """The application over one server's objects."""
+    app = FastAPI(
+        title="mamba-serve",
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        root_path=context.settings.root_path,
+        middleware=_middleware(context),
+        exception_handlers={RequestError: _on_request_error, HTTPException: _on_http_exception},
+    )
+    app.state.context = context
+    for router in (completions.router, models.router, operations.router):
+        app.include_router(router)
+    describe_bodies(app)
+    return app
+
+
+def _middleware(context: ServerContext) -> list[Middleware]:
+    settings = context.settings
+    layers = [
+        Middleware(RequestContext, on_answer=context.metrics.on_answer, has_access_log=not settings.disable_access_log),
+        Middleware(LingeringClose),
+    ]
+    keys = settings.read_api_keys()
+    if keys:
+        open_paths = OPEN_PATHS if settings.protect_metrics else OPEN_PATHS | {METRICS_PATH}
+        layers.append(Middleware(ApiKeys, keys=keys, open_paths=open_paths, root_path=settings.root_path))
+    return layers
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:  # noqa: ARG001 (Starlette's signature)
+    return error_response(as_request_error(error))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        message = f"there is no route {request.method[:10]} {request.scope['path'][:80]!r}"
+    elif error.status_code == 405:
+        message = f"this route does not take {request.method[:10]}"
+    else:
+        message = error.detail
+    return error_response(HttpError(error.status_code, message, headers=error.headers))

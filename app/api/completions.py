@@ -1,0 +1,116 @@
+"""The life of one completion after its body was read: admitted, tokenized, generated while the client is watched."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from app.api.admission import Ticket
+from app.api.context import ServerContext
+from app.api.errors import as_request_error, error_response
+from app.api.observer import bind_ticket
+from app.api.open_requests import ClientGone, OpenRequest
+from app.api.streaming import ClientStuck, EventWriter, cut_connection
+from app.logging import current_request_id, note
+from app.schemas.completions import CompletionRequest
+from app.serving.completions import CompletionService
+from app.serving.errors import RequestError
+from app.serving.prepared import PreparedCompletion
+from app.serving.translate import num_sequences, split_prompts
+
+# tokenizing this many characters takes about a millisecond, for which no thread is worth its while
+_CHARACTERS_IN_LOOP = 4096
+_CHARACTERS_PER_TOKEN = 4
+
+logger = logging.getLogger(__name__)
+
+
+class CompletionAnswer(Response):
+    """Answers one request, streaming or not. Whichever way it ends, its rows and its place in the queue are free."""
+
+    def __init__(self, context: ServerContext, service: CompletionService, body: CompletionRequest) -> None:
+        super().__init__()
+        self._context = context
+        self._service = service
+        self._body = body
+        self._writer: EventWriter | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ticket = self._enter()
+        bind_ticket(ticket)
+        try:
+            async with self._context.open_requests.track(receive) as request:
+                content = await self._generate(ticket, request, send)
+        except ClientGone:
+            raise
+        except ClientStuck:
+            note(finish="client stuck")
+            cut_connection(scope)
+        except Exception as error:
+            await self._fail(error, scope, receive, send)
+        else:
+            await self._end(content, scope, receive, send)
+        finally:
+            ticket.close()
+            if self._writer is not None:
+                self._writer.close()
+
+    def _enter(self) -> Ticket:
+        num_slots = self._context.engine.info.max_num_seqs
+        return self._context.admission.enter(num_slots, num_sequences(self._body), _estimate_tokens(self._body))
+
+    async def _generate(self, ticket: Ticket, request: OpenRequest, send: Send) -> bytes | None:
+        """The whole answer, or None after it was streamed."""
+        prepared = await self._prepare()
+        ticket.count_tokens(prepared.num_prompt_tokens)
+        if not prepared.is_stream:
+            return await self._service.complete(prepared)
+        settings = self._context.settings
+        self._writer = EventWriter(send, request, settings.ping_interval, settings.write_timeout)
+        async with aclosing(self._service.stream(prepared)) as batches:
+            async for payloads in batches:
+                await self._writer.write(payloads)
+        return None
+
+    async def _prepare(self) -> PreparedCompletion:
+        if _num_characters(self._body) <= _CHARACTERS_IN_LOOP:
+            return self._service.prepare(self._body, current_request_id())
+        return await asyncio.to_thread(self._service.prepare, self._body, current_request_id())
+
+    async def _end(self, content: bytes | None, scope: Scope, receive: Receive, send: Send) -> None:
+        if content is not None:
+            await Response(content, media_type="application/json")(scope, receive, send)
+        elif self._writer is not None:
+            await self._finish(self._writer, None, scope)
+
+    async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        if not isinstance(error, RequestError):
+            logger.error("completion failed", exc_info=error)
+        told = as_request_error(error)
+        if self._writer is not None and self._writer.is_started:
+            note(error=told.code)
+            await self._finish(self._writer, told, scope)
+        else:
+            await error_response(told)(scope, receive, send)
+
+    async def _finish(self, writer: EventWriter, error: RequestError | None, scope: Scope) -> None:
+        try:
+            await writer.finish(error)
+        except TimeoutError:
+            cut_connection(scope)
+
+
+def _num_characters(body: CompletionRequest) -> int:
+    return sum(len(prompt) for prompt in split_prompts(body) if isinstance(prompt, str))
+
+
+def _estimate_tokens(body: CompletionRequest) -> int:
+    """Prompt tokens, known for ids and guessed for text: the decision comes before tokenizing."""
+    return sum(
+        len(prompt) // _CHARACTERS_PER_TOKEN + 1 if isinstance(prompt, str) else len(prompt)
+        for prompt in split_prompts(body)
+    )

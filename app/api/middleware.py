@@ -1,0 +1,167 @@
+"""What holds for every request: an id, a line in the log, a clean 500, a key, and an end to bodies nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import HttpError, as_request_error, error_response
+from app.api.open_requests import ClientGone
+from app.logging import bind_request
+
+# what log and metrics call the status of an answer that nobody waited for
+STATUS_CLIENT_GONE = 499
+
+_NOT_IN_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
+_MAX_ID_CHARACTERS = 128
+_MAX_PATH_CHARACTERS = 200
+_SMALL_BODY = 64 * 1024
+_LINGER_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("app.access")
+
+OnAnswer = Callable[[str, str, int], None]
+
+
+class RequestContext:
+    """Gives each request its id, answers what nobody caught with a plain 500, and tells log and metrics."""
+
+    def __init__(self, app: ASGIApp, on_answer: OnAnswer, has_access_log: bool) -> None:
+        self._app = app
+        self._on_answer = on_answer
+        self._has_access_log = has_access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_at = time.perf_counter()
+        request_id = clean_request_id(Headers(scope=scope).get("x-request-id"))
+        notes = bind_request(request_id)
+        status = STATUS_CLIENT_GONE
+        is_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, is_started
+            if message["type"] == "http.response.start":
+                status, is_started = message["status"], True
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            status = STATUS_CLIENT_GONE
+        except Exception as error:
+            logger.exception("request failed")
+            if is_started:
+                # the answer has begun and cannot be mended; the server below cuts the connection
+                raise
+            await error_response(as_request_error(error))(scope, receive, send_with_id)
+        finally:
+            self._tell(scope, status, time.perf_counter() - started_at, notes)
+
+    def _tell(self, scope: Scope, status: int, seconds: float, notes: dict[str, Any]) -> None:
+        route = getattr(scope.get("route"), "path", None)
+        # methods and paths that no route has are the client's words, which may not become labels
+        self._on_answer(route or "other", scope["method"] if route else "other", status)
+        if self._has_access_log:
+            line = f"{scope['method']} {scope['path'][:_MAX_PATH_CHARACTERS]} {status}"
+            access_logger.info(line, extra={"duration_ms": round(seconds * 1000, 1), **notes})
+
+
+class ApiKeys:
+    """Answers 401 unless a request carries one of the keys, or its path is one of a fixed list."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: frozenset[str], root_path: str) -> None:
+        self._app = app
+        # digests have one length, so that comparing them tells nothing of a key's
+        self._digests = [_digest(key.encode("ascii")) for key in keys]
+        self._open_paths = open_paths
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(self._root_path)
+        if path in self._open_paths or self.is_valid(Headers(scope=scope).getlist("authorization")):
+            await self._app(scope, receive, send)
+            return
+        headers = {"WWW-Authenticate": "Bearer"}
+        message = "a valid API key is needed: Authorization: Bearer KEY"
+        error = HttpError(401, message, type="authentication_error", code="invalid_api_key", headers=headers)
+        await error_response(error)(scope, receive, send)
+
+    def is_valid(self, authorizations: list[str]) -> bool:
+        """Whether there is one Authorization header with one of the keys; takes the same time for every key."""
+        scheme, _, key = authorizations[0].partition(" ") if len(authorizations) == 1 else ("", "", "")
+        digest = _digest(key.strip().encode("latin-1"))
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return any(matches) and scheme.lower() == "bearer"
+
+
+class LingeringClose:
+    """Ends connections whose body is large and was not read, after the client had a moment to see the answer.
+
+    Without the moment, closing while bytes still arrive resets the connection, and the answer is lost.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not _has_large_body(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        is_read = False
+        is_closing = False
+
+        async def watched_receive() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = is_read or not message.get("more_body", False)
+            return message
+
+        async def lingering_send(message: Message) -> None:
+            nonlocal is_closing
+            if message["type"] == "http.response.start" and not is_read:
+                is_closing = True
+                MutableHeaders(scope=message)["Connection"] = "close"
+            if is_closing and message["type"] == "http.response.body" and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _discard(watched_receive, lambda: is_read)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await self._app(scope, watched_receive, lingering_send)
+
+
+def clean_request_id(given: str | None) -> str:
+    """The client's id without what does not belong into a header or a log, or a new one."""
+    return _NOT_IN_ID.sub("", given or "")[:_MAX_ID_CHARACTERS] or uuid.uuid4().hex
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _has_large_body(headers: Headers) -> bool:
+    if "transfer-encoding" in headers:
+        return True
+    length = headers.get("content-length", "0")
+    return not length.isdecimal() or int(length) > _SMALL_BODY
+
+
+async def _discard(receive: Receive, is_read: Callable[[], bool]) -> None:
+    try:
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while not is_read():
+                await receive()
+    except TimeoutError:
+        pass

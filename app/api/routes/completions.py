@@ -1,0 +1,31 @@
+"""``POST /v1/completions``."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.body import read_json_body
+from app.api.completions import CompletionAnswer
+from app.api.dependencies import Context
+from app.api.openapi import ERROR_RESPONSES, request_body
+from app.schemas.completions import Completion, CompletionRequest
+from app.serving.parsing import parse_completion_request
+
+router = APIRouter(tags=["completions"])
+
+
+@router.post(
+    "/v1/completions",
+    summary="Continue a text",
+    response_model=Completion,
+    responses=ERROR_RESPONSES,
+    openapi_extra=request_body(CompletionRequest),
+)
+async def create_completion(request: Request, context: Context) -> Response:
+    """The whole answer as JSON, or with ``stream`` server-sent events that end with ``[DONE]``."""
+    # refused before a byte of the body is read, and once more when all of it is here
+    context.require_service()
+    context.check_queue()
+    settings = context.settings
+    raw = await read_json_body(request.headers, request.receive, settings.max_body_size, settings.body_timeout)
+    return CompletionAnswer(context, context.require_service(), parse_completion_request(raw))

@@ -1,0 +1,25 @@
+"""``GET /v1/models`` and ``GET /v1/models/{id}``."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from app.api.dependencies import Context
+from app.api.openapi import ERROR_RESPONSES
+from app.schemas.models import ModelCard, ModelList
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", summary="What is served", responses={503: ERROR_RESPONSES[503]})
+async def list_models(context: Context) -> ModelList:
+    return context.catalog.list()
+
+
+@router.get(
+    "/v1/models/{model:path}",
+    summary="One of the names that are served",
+    responses={status: ERROR_RESPONSES[status] for status in (404, 503)},
+)
+async def get_model(model: str, context: Context) -> ModelCard:
+    return context.catalog.get(model)

@@ -1,0 +1,271 @@
+"""Every setting of the service: as a flag, an environment variable and a key of a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+ENV_PREFIX = "MAMBA_"
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the message is one line for the operator."""
+
+
+def _setting(default: Any, group: str, description: str, **constraints: Any) -> Any:
+    """A field with the group and the sentence that ``--help`` shows."""
+    return Field(default, description=description, json_schema_extra={"group": group}, **constraints)
+
+
+def _split(value: Any) -> Any:
+    """A list given as one string: a JSON array, or values separated by commas."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError("not a JSON array") from error
+    return [part.strip() for part in value.split(",")]
+
+
+def _existing_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    return path
+
+
+def _looks_like_path(name: str) -> bool:
+    """Whether a name can only be a path: a hub id is ``name`` or ``owner/name``."""
+    return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
+
+
+def _existing_directory(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"no such directory: {path}")
+    return path
+
+
+def _existing_model(name: str) -> str:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ValueError(f"not a directory: {name}")
+    if _looks_like_path(name):
+        raise ValueError(f"no such directory: {name}")
+    return name
+
+
+def _not_a_bool(value: Any) -> Any:
+    """YAML's ``port: yes`` is a mistake, not the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+ModelName = Annotated[NonEmpty, AfterValidator(_existing_model)]
+Names = Annotated[tuple[NonEmpty, ...], NoDecode, BeforeValidator(_split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+ExistingDirectory = Annotated[Path, AfterValidator(_existing_directory)]
+ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_not_a_bool)]
+NumberOrZero = Annotated[int, Field(ge=0), BeforeValidator(_not_a_bool)]
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+
+
+class Settings(BaseSettings):
+    """What an operator decides. Flags win over ``MAMBA_...`` variables, those over the YAML file, that over defaults.
+
+    Raises pydantic's ValidationError when built directly; ``load`` turns that into one line.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=False)
+
+    model: ModelName = _setting(..., "Model", "directory or hub id of the checkpoint; also accepted as the argument")
+    tokenizer: ExistingDirectory | None = _setting(None, "Model", "directory of the tokenizer, if not the model's")
+    revision: NonEmpty | None = _setting(None, "Model", "branch, tag or commit of a hub id")
+    served_model_name: Names = _setting(
+        (),
+        "Model",
+        "names that requests may use; the first one is answered (default: the hub id, or the directory's last part)",
+    )
+    max_model_len: Count | None = _setting(None, "Model", "most tokens of prompt plus output; none when not given")
+
+    device: str = _setting("auto", "Engine", "auto, cpu, cuda or cuda:N", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
+        "auto", "Engine", "type of the weights; auto is bfloat16 on a GPU and float32 on a CPU"
+    )
+    state_dtype: Literal["float32", "bfloat16", "float16"] = _setting(
+        "float32", "Engine", "type of the recurrent state; lower ones halve the memory per sequence"
+    )
+    max_num_seqs: Count | None = _setting(None, "Engine", "sequences that run at once; from memory when not given")
+    prefill_budget: Count | None = _setting(None, "Engine", "prompt tokens taken into one step")
+    memory_fraction: Annotated[float, BeforeValidator(_not_a_bool)] = _setting(
+        0.5, "Engine", "share of the free device memory that states may take", gt=0, le=1, allow_inf_nan=False
+    )
+    num_threads: Count | None = _setting(None, "Engine", "CPU threads of the engine; torch's own choice when not given")
+
+    host: NonEmpty = _setting("127.0.0.1", "Server", "address to listen on; 0.0.0.0 for every interface")
+    port: Annotated[int, BeforeValidator(_not_a_bool)] = _setting(
+        8000, "Server", "port; 0 for a free one", ge=0, le=65535
+    )
+    root_path: str = _setting("", "Server", "path under which a proxy serves this", pattern=r"^(/[\w.~%-]+)*$")
+    api_key: Secrets = _setting((), "Server", "keys of which a request must carry one; open when none is given")
+    api_key_file: ExistingFile | None = _setting(None, "Server", "file with one more key per line")
+    disable_metrics: bool = _setting(False, "Server", "no /metrics")
+    protect_metrics: bool = _setting(False, "Server", "/metrics needs a key as well")
+
+    max_queue: NumberOrZero = _setting(
+        256, "Limits", "sequences that may wait beside those that run; more are refused with 429"
+    )
+    max_queue_tokens: Count = _setting(2_000_000, "Limits", "prompt tokens that may wait; more are refused with 429")
+    max_body_size: Annotated[ByteSize, BeforeValidator(_not_a_bool)] = _setting(
+        ByteSize(16 * 2**20), "Limits", "largest request body, in bytes or as 16MiB", ge=1
+    )
+    max_prompts: Count = _setting(128, "Limits", "prompts in one request")
+    max_n: Count = _setting(64, "Limits", "continuations of one prompt (n, best_of)")
+    header_timeout: PositiveSeconds = _setting(10.0, "Limits", "seconds for the headers of a request to arrive")
+    body_timeout: PositiveSeconds = _setting(60.0, "Limits", "seconds for the body of a request to arrive")
+    write_timeout: PositiveSeconds = _setting(60.0, "Limits", "seconds after which a client that reads nothing is cut")
+    ping_interval: PositiveSeconds = _setting(15.0, "Limits", "seconds of silence in a stream before a comment is sent")
+    heartbeat_timeout: PositiveSeconds = _setting(
+        30.0, "Limits", "seconds of one engine step after which the server is not ready; after twice that, not live"
+    )
+
+    drain_delay: Seconds = _setting(
+        0.0, "Shutdown", "seconds after SIGTERM during which the port stays open at least, answering 503"
+    )
+    shutdown_timeout: Seconds = _setting(30.0, "Shutdown", "seconds that open requests get to finish after SIGTERM")
+
+    log_format: Literal["console", "json"] = _setting("console", "Logging", "lines for people or for machines")
+    log_level: LogLevel = _setting("info", "Logging", "least level that is logged")
+    uvicorn_log_level: LogLevel = _setting("warning", "Logging", "least level that the HTTP server below logs")
+    disable_access_log: bool = _setting(False, "Logging", "no line per request")
+    config: ExistingFile | None = _setting(None, "Logging", "YAML file with any of these settings")
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for key in keys:
+            _check_key(key.get_secret_value())
+        return keys
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names under which the model is served, the answered one first."""
+        own_name = Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+        return self.served_model_name or (own_name,)
+
+    def read_api_keys(self) -> tuple[str, ...]:
+        """All keys, those of the file included. Raises SettingsError when the file holds none or a broken one."""
+        keys = [key.get_secret_value() for key in self.api_key]
+        if self.api_key_file is not None:
+            keys += _read_key_file(self.api_key_file)
+        return tuple(dict.fromkeys(keys))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (the signature is pydantic-settings')
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then the environment, then the file that one of the two names."""
+        config = init_settings().get("config") or env_settings().get("config")
+        file_settings = read_config(Path(config)) if config else {}
+        return init_settings, env_settings, InitSettingsSource(settings_cls, file_settings)
+
+
+def load(flags: dict[str, Any]) -> Settings:
+    """The settings from flags, environment and file. Raises SettingsError, whose message is one line."""
+    _check_environment()
+    try:
+        settings = Settings(**flags)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_describe(dict(problem)) for problem in error.errors())) from None
+    settings.read_api_keys()
+    return settings
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file, dashes as underscores. Raises SettingsError."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"--config: {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config: {path} should hold one mapping of settings")
+    settings = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key in settings:
+        if key not in Settings.model_fields or key == "config":
+            raise SettingsError(f"--config: {path}: unknown key {key!r}{_suggest(key, list(Settings.model_fields))}")
+    return settings
+
+
+def flag_name(field: str) -> str:
+    """``max_num_seqs`` as ``--max-num-seqs``."""
+    return "--" + field.replace("_", "-")
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    field = str(problem["loc"][0])
+    if field == "model" and problem["type"] == "missing":
+        return "no model given: mamba-serve MODEL, or --model"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = (
+        "" if field == "api_key" or problem["type"] == "value_error" else f" (given: {str(problem['input'])[:80]!r})"
+    )
+    hint = ""
+    if str(problem["input"]).startswith("tcp://"):
+        hint = "; Kubernetes sets such variables for a Service named 'mamba' unless enableServiceLinks is false"
+    return f"{flag_name(field)}: {message}{given}{hint}"
+
+
+def _check_environment() -> None:
+    """A variable that is nearly one of ours is a mistake: a misspelt MAMBA_API_KEY would leave the server open."""
+    known = [ENV_PREFIX + field.upper() for field in Settings.model_fields]
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX) and name not in known and (hint := _suggest(name, known)):
+            raise SettingsError(f"unknown environment variable {name}{hint}")
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check_key(key: str) -> None:
+    if not key:
+        raise ValueError("an empty key would let everybody in; leave the setting out to serve without keys")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError("a key holds only printable ASCII characters and no spaces")
+
+
+def _read_key_file(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        keys = [line.strip() for line in lines if line.strip()]
+        for key in keys:
+            _check_key(key)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--api-key-file: {path}: {error}") from None
+    if not keys:
+        raise SettingsError(f"--api-key-file: {path} holds no key")
+    return keys
