@@ -12,7 +12,7 @@ SOURCES := app mamba_core tests benchmarks scripts models
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help serve test check format bench-ops bench-decode bench-prefill bench-memory bench-serve clean
+.PHONY: help serve test check format docs bench-ops bench-decode bench-prefill bench-memory bench-serve clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -41,6 +41,9 @@ check: $(VENV)/.installed-dev ## what must be clean before a commit: format, lin
 format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	$(RUN)/ruff format $(SOURCES)
 	$(RUN)/ruff check --fix $(SOURCES)
+
+docs: $(VENV)/.installed-dev ## write the table of settings into README.md
+	$(RUN)/python -m scripts.settings_table
 
 bench-ops bench-decode bench-prefill: bench-%: $(VENV)/.installed-bench ## measure one room: ARGS="--random 130m --device cpu"
 	@exec $(RUN)/python -m benchmarks.$* $(ARGS)
