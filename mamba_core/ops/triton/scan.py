@@ -95,7 +95,7 @@ def _forward(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing, checkp
         dim,
         segments,
         length,
-        1,
+        0,
         N=num_states,
         BLOCK_N=triton.next_power_of_2(num_states),
         BLOCK_D=_BLOCK_D,
@@ -129,7 +129,6 @@ def _segment_entries(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing
         dim,
         segments,
         length,
-        1,
         N=num_states,
         BLOCK_N=triton.next_power_of_2(num_states),
         BLOCK_D=_BLOCK_D,
@@ -162,7 +161,9 @@ class _SelectiveScan(torch.autograd.Function):
         _, _, A, *_ = inputs
         # sequence b's checkpoints begin at entry begin // _CHECKPOINT + b, which leaves room for each without a sum
         count = packing.num_tokens // _CHECKPOINT + packing.num_rows
-        checkpoint = torch.empty((count, A.shape[1], A.shape[0]), dtype=torch.float32, device=A.device)
+        checkpoint = torch.empty(
+            (count, triton.cdiv(A.shape[0], 32), A.shape[1], 32), dtype=torch.float32, device=A.device
+        )
         y = _forward(tuple(inputs), state, packing, checkpoint)
         ctx.save_for_backward(*inputs, checkpoint)
         ctx.packing = packing
@@ -218,7 +219,7 @@ def _backward(inputs: tuple[Tensor, ...], checkpoint: Tensor, packing: Packing, 
         packing.num_tokens,
         packing.num_rows,
         dim,
-        1,
+        0,
         N=num_states,
         BLOCK_N=block_n,
         BLOCK_D=_BACKWARD_BLOCK_D,

@@ -1,6 +1,6 @@
 """Selective scan, backward: one Triton kernel.
 
-A program owns 32 channels (one warp, one channel per thread, see ``scan_kernels``) and walks its sequences from the
+A program owns 32 channels (one warp, one channel per thread, see ``tiles``) and walks its sequences from the
 last chunk to the first. In each chunk it recomputes the states from the checkpoint at the chunk's start into scratch
 memory of its own, then follows the adjoint recurrence backwards:
 
@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 
 from mamba_core.ops.triton.math import LN_2, LOG2_E, sigmoid, softplus
+from mamba_core.ops.triton.tiles import group_offset, load_states, store_states
 
 
-@triton.jit(do_not_specialize=["unit"])
+@triton.jit(do_not_specialize=["nothing"])
 def scan_backward_kernel(
     x_ptr,
     dt_ptr,
@@ -49,7 +50,7 @@ def scan_backward_kernel(
     num_tokens,
     num_rows,
     dim,
-    unit,
+    nothing,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -65,12 +66,9 @@ def scan_backward_kernel(
     mask_d = d < dim
     mask_n = n < N
     mask = mask_n[:, None] & mask_d[None, :]
-    tile = d[None, :] * N * unit + n[:, None] * unit
-    kept_tile = n[:, None] * dim * unit + d[None, :] * unit
     scratch = scratch_ptr + (program.to(tl.int64) * tl.num_programs(1) + block) * (CHECKPOINT * BLOCK_N * BLOCK_D)
-    scratch_ptrs = scratch + n[:, None] * BLOCK_D * unit + local[None, :] * unit
 
-    a = tl.load(a_ptr + tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    a = load_states(a_ptr, n, d, mask_d, N, BLOCK_N, BLOCK_D) * LOG2_E
     skip = tl.load(d_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
     da = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -88,10 +86,13 @@ def scan_backward_kernel(
             chunk = num_chunks - 1 - back
             first = begin + chunk * CHECKPOINT
             size = tl.minimum(length - chunk * CHECKPOINT, CHECKPOINT)
-            h = tl.load(checkpoint_ptr + (kept + chunk) * dim * N + kept_tile, mask=mask, other=0.0)
+            kept_ptr = checkpoint_ptr + (kept + chunk) * tl.cdiv(dim, 32) * (N * 32)
+            kept_ptrs = kept_ptr + (group_offset(d, N) + nothing)[None, :] + (n * 32)[:, None]
+            h = tl.load(kept_ptrs, mask=mask, other=0.0)
             for i in range(0, size):
                 t = first + i
-                tl.store(scratch_ptrs + i * (BLOCK_N * BLOCK_D), h)
+                state_ptr = scratch + i * (BLOCK_N * BLOCK_D)
+                tl.store(state_ptr + (local + nothing)[None, :] + (n * BLOCK_D)[:, None], h)
                 x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0).to(tl.float32)
                 dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0).to(tl.float32)
                 b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0).to(tl.float32)
@@ -100,7 +101,8 @@ def scan_backward_kernel(
             for j in range(0, size):
                 i = size - 1 - j
                 t = first + i
-                before = tl.load(scratch_ptrs + i * (BLOCK_N * BLOCK_D))
+                state_ptr = scratch + i * (BLOCK_N * BLOCK_D)
+                before = tl.load(state_ptr + (local + nothing)[None, :] + (n * BLOCK_D)[:, None])
                 x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0).to(tl.float32)
                 u = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0).to(tl.float32) + bias
                 z = tl.load(z_ptr + t * z_stride + d, mask=mask_d, other=0.0).to(tl.float32)
@@ -136,6 +138,6 @@ def scan_backward_kernel(
                 tl.store(db_ptr + share, db, mask=mask_n)
                 tl.store(dc_ptr + share, dc, mask=mask_n)
     mine = program.to(tl.int64) * dim
-    tl.store(da_ptr + mine * N + tile, da, mask=mask)
+    store_states(da_ptr + mine * N, da, n, d, mask_d, N)
     tl.store(dd_ptr + mine + d, dd, mask=mask_d)
     tl.store(dbias_ptr + mine + d, dbias, mask=mask_d)

@@ -1,9 +1,7 @@
 """Selective scan, forward: Triton kernels.
 
-A program owns BLOCK_D = 32 * num_warps channels of one sequence (or of one segment of it) and all their states. Tiles
-are [BLOCK_N, BLOCK_D] and every address in them is multiplied by ``unit``, a 1 that the compiler must not know: it then
-sees no contiguity to vectorise for and keeps its default layout, one channel per thread with all N states in registers,
-in which the recurrence and the sum over states need no exchange between threads.
+A program owns BLOCK_D = 32 * num_warps channels of one sequence (or of one segment of it) and all their states, one
+channel per thread (see ``tiles``).
 """
 
 from __future__ import annotations
@@ -12,9 +10,10 @@ import triton
 import triton.language as tl
 
 from mamba_core.ops.triton.math import LOG2_E, sigmoid, softplus
+from mamba_core.ops.triton.tiles import group_offset, load_states, store_states
 
 
-@triton.jit(do_not_specialize=["unit"])
+@triton.jit(do_not_specialize=["nothing"])
 def scan_kernel(
     x_ptr,
     dt_ptr,
@@ -41,7 +40,7 @@ def scan_kernel(
     dim,
     num_segments,
     segment_size,
-    unit,
+    nothing,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -50,7 +49,8 @@ def scan_kernel(
 ):
     """Outputs of one segment: from ``entry`` [rows * segments, D, N] if segmented, else from and to the state.
 
-    With CHECKPOINT > 0 the state before every CHECKPOINT-th token of a sequence is kept for the backward pass.
+    With CHECKPOINT > 0 the state before every CHECKPOINT-th token of a sequence is kept for the backward pass, in
+    ``checkpoint`` [entries, channel groups, N, 32].
     """
     item = tl.program_id(0).to(tl.int64)
     row = item // num_segments
@@ -60,7 +60,6 @@ def scan_kernel(
     mask_d = d < dim
     mask_n = n < N
     mask = mask_n[:, None] & mask_d[None, :]
-    tile = d[None, :] * N * unit + n[:, None] * unit
 
     begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64)
@@ -71,61 +70,47 @@ def scan_kernel(
         home_ptr = entry_ptr + item * dim * N
     else:
         home_ptr = state_ptr + tl.load(slots_ptr + row) * state_stride
-    h = tl.load(home_ptr + tile, mask=mask, other=0.0).to(tl.float32)
-    a = tl.load(a_ptr + tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    h = load_states(home_ptr, n, d, mask_d, N, BLOCK_N, BLOCK_D)
+    a = load_states(a_ptr, n, d, mask_d, N, BLOCK_N, BLOCK_D) * LOG2_E
     skip = tl.load(d_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
 
-    # an empty sequence or segment reads some token too, and makes nothing of it
-    source = tl.minimum(first, num_tokens - 1)
-    x_ptrs = x_ptr + source * x_stride + d
-    dt_ptrs = dt_ptr + source * dt_stride + d
-    z_ptrs = z_ptr + source * z_stride + d
-    b_ptrs = b_ptr + source * b_stride + n
-    c_ptrs = c_ptr + source * c_stride + n
-    y_ptrs = y_ptr + first * y_stride + d
-
-    # the inputs of the next token are fetched before the store of this one, which would otherwise hold them back
-    next_x = tl.load(x_ptrs, mask=mask_d, other=0.0)
-    next_dt = tl.load(dt_ptrs, mask=mask_d, other=0.0)
-    next_z = tl.load(z_ptrs, mask=mask_d, other=0.0)
-    next_b = tl.load(b_ptrs, mask=mask_n, other=0.0)
-    next_c = tl.load(c_ptrs, mask=mask_n, other=0.0)
+    # the inputs of the next token are fetched before the store of this one, which would otherwise hold them back; an
+    # empty sequence or segment reads some token too, and the last token is read twice, so that no read is masked
+    t = tl.minimum(first, num_tokens - 1)
+    next_x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0)
+    next_dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0)
+    next_z = tl.load(z_ptr + t * z_stride + d, mask=mask_d, other=0.0)
+    next_b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0)
+    next_c = tl.load(c_ptr + t * c_stride + n, mask=mask_n, other=0.0)
     for i in range(0, length):
         x = next_x.to(tl.float32)
         delta = softplus(next_dt.to(tl.float32) + bias)
         z = next_z.to(tl.float32)
         b = next_b.to(tl.float32)
         c = next_c.to(tl.float32)
-        # at the end the last token is read again, so that no read leaves the tensors
-        more = tl.where(i + 1 < length, 1, 0)
-        x_ptrs += more * x_stride
-        dt_ptrs += more * dt_stride
-        z_ptrs += more * z_stride
-        b_ptrs += more * b_stride
-        c_ptrs += more * c_stride
-        next_x = tl.load(x_ptrs, mask=mask_d, other=0.0)
-        next_dt = tl.load(dt_ptrs, mask=mask_d, other=0.0)
-        next_z = tl.load(z_ptrs, mask=mask_d, other=0.0)
-        next_b = tl.load(b_ptrs, mask=mask_n, other=0.0)
-        next_c = tl.load(c_ptrs, mask=mask_n, other=0.0)
+        t = first + tl.minimum(i + 1, length - 1)
+        next_x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0)
+        next_dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0)
+        next_z = tl.load(z_ptr + t * z_stride + d, mask=mask_d, other=0.0)
+        next_b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0)
+        next_c = tl.load(c_ptr + t * c_stride + n, mask=mask_n, other=0.0)
 
         if CHECKPOINT > 0:
             position = segment * segment_size + i
             if position % CHECKPOINT == 0:
                 index = begin // CHECKPOINT + row + position // CHECKPOINT
-                keep = index * dim * N + n[:, None] * dim * unit + d[None, :] * unit
-                tl.store(checkpoint_ptr + keep, h, mask=mask)
+                keep_ptr = checkpoint_ptr + index * tl.cdiv(dim, 32) * (N * 32)
+                tl.store(keep_ptr + (group_offset(d, N) + nothing)[None, :] + (n * 32)[:, None], h, mask=mask)
         h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * b[:, None]
         y = tl.sum(h * c[:, None], axis=0) + skip * x
         y = y * (z * sigmoid(z))
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask_d)
-        y_ptrs += y_stride
+        tl.store(y_ptr + (first + i) * y_stride + d, y.to(y_ptr.dtype.element_ty), mask=mask_d)
     if not SEGMENTED:
-        tl.store(home_ptr + tile, h.to(state_ptr.dtype.element_ty), mask=mask)
+        store_states(home_ptr, h, n, d, mask_d, N)
 
 
-@triton.jit(do_not_specialize=["unit"])
+@triton.jit
 def scan_segment_kernel(
     x_ptr,
     dt_ptr,
@@ -142,7 +127,6 @@ def scan_segment_kernel(
     dim,
     num_segments,
     segment_size,
-    unit,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -156,40 +140,31 @@ def scan_segment_kernel(
     n = tl.arange(0, BLOCK_N)
     mask_d = d < dim
     mask_n = n < N
-    mask = mask_n[:, None] & mask_d[None, :]
-    tile = d[None, :] * N * unit + n[:, None] * unit
 
     begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64)
     first = begin + segment * segment_size
     length = tl.minimum(end - first, segment_size).to(tl.int32)
 
-    a = tl.load(a_ptr + tile, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    a = load_states(a_ptr, n, d, mask_d, N, BLOCK_N, BLOCK_D) * LOG2_E
     bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
     h = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
-    # an empty sequence or segment reads some token too, and makes nothing of it
-    source = tl.minimum(first, num_tokens - 1)
-    x_ptrs = x_ptr + source * x_stride + d
-    dt_ptrs = dt_ptr + source * dt_stride + d
-    b_ptrs = b_ptr + source * b_stride + n
-    next_x = tl.load(x_ptrs, mask=mask_d, other=0.0)
-    next_dt = tl.load(dt_ptrs, mask=mask_d, other=0.0)
-    next_b = tl.load(b_ptrs, mask=mask_n, other=0.0)
+    t = tl.minimum(first, num_tokens - 1)
+    next_x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0)
+    next_dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0)
+    next_b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0)
     for i in range(0, length):
         x = next_x.to(tl.float32)
         delta = softplus(next_dt.to(tl.float32) + bias)
         b = next_b.to(tl.float32)
-        more = tl.where(i + 1 < length, 1, 0)
-        x_ptrs += more * x_stride
-        dt_ptrs += more * dt_stride
-        b_ptrs += more * b_stride
-        next_x = tl.load(x_ptrs, mask=mask_d, other=0.0)
-        next_dt = tl.load(dt_ptrs, mask=mask_d, other=0.0)
-        next_b = tl.load(b_ptrs, mask=mask_n, other=0.0)
+        t = first + tl.minimum(i + 1, length - 1)
+        next_x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0)
+        next_dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0)
+        next_b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0)
         h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * b[:, None]
         total += delta
-    tl.store(entry_ptr + item * dim * N + tile, h, mask=mask)
+    store_states(entry_ptr + item * dim * N, h, n, d, mask_d, N)
     tl.store(total_ptr + item * dim + d, total, mask=mask_d)
 
 
