@@ -58,29 +58,61 @@ class _WindowDetokenizer:
     """Any other vocabulary: the last tokens are decoded again together with each new one.
 
     The window holds the tokens of the piece given last and those that wait after it, so that the cost of a token
-    does not grow with the sequence, and decoders that look at their neighbours (spaces, runs of bytes) see them.
+    does not grow with the sequence, and decoders that look at their neighbours, for spaces, see them. Tokens that
+    stand for single bytes are joined here: the library would turn a whole run of them into U+FFFD for one wrong byte.
     """
 
-    __slots__ = ("_given", "_num_waiting", "_skipped", "_tokenizer", "_window")
+    __slots__ = ("_byte_tokens", "_decoder", "_given", "_num_waiting", "_skipped", "_tokenizer", "_window")
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
-        self._window = list(context)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._byte_tokens: list[int] = []
+        self._window: list[int] = []
         self._num_waiting = 0
-        self._given = self._decode().rstrip(REPLACEMENT)
+        self._given = ""
+        for token in context:
+            self.push(token)
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
+        byte = self._tokenizer.byte_of.get(token_id)
+        if byte is not None:
+            return self._push_byte(token_id, byte)
+        unfinished = self._end_bytes()
         self._window.append(token_id)
         self._num_waiting += 1
         text = self._decode()
         if text.endswith(REPLACEMENT) and self._num_waiting < MAX_WAITING_TOKENS:
-            return ""
-        return self._give(text)
+            return unfinished
+        return unfinished + self._give(text)
 
     def flush(self) -> str:
+        # only one of the two can hold anything
+        return self._end_bytes() + self._give_waiting()
+
+    def _push_byte(self, token_id: int, byte: int) -> str:
+        waiting = self._give_waiting()
+        self._byte_tokens.append(token_id)
+        piece = self._decoder.decode(bytes((byte,)))
+        if piece:
+            self._start_window()
+        return waiting + piece
+
+    def _end_bytes(self) -> str:
+        piece = self._decoder.decode(b"", final=True)
+        if self._byte_tokens:
+            self._start_window()
+        return piece
+
+    def _start_window(self) -> None:
+        """Let the bytes be the neighbours of what comes next."""
+        self._window, self._byte_tokens = self._byte_tokens, []
+        self._given = self._decode()
+
+    def _give_waiting(self) -> str:
         return self._give(self._decode()) if self._num_waiting else ""
 
     def _give(self, text: str) -> str:

@@ -21,6 +21,9 @@ class TokenizerError(Exception):
 class Tokenizer:
     """A tokenizer whose reading of a text does not change while it serves.
 
+    token_bytes: each token's bytes where decoding is nothing but joining them (byte-level BPE), else None.
+    byte_of: the byte of each token that stands for one, where a vocabulary spells rare characters in bytes.
+
     Control tokens that stand in a text as text, such as an end-of-text marker, are ordinary characters unless
     ``special_tokens_in_text`` is set: what a client writes can not end a document or open a role. Safe to use from
     several threads.
@@ -36,6 +39,7 @@ class Tokenizer:
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._literal_ids = frozenset(added)
         self.token_bytes = _byte_table(backend)
+        self.byte_of = _fallback_bytes(backend)
         self._text_of = lru_cache(maxsize=2**16)(self._make_token_text)
 
     @classmethod
@@ -66,8 +70,8 @@ class Tokenizer:
         piece = self._backend.id_to_token(token_id)
         if piece is None or token_id in self._literal_ids:
             return piece or ""
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return _show_bytes(bytes([int(piece[3:5], 16)]))
+        if token_id in self.byte_of:
+            return _show_bytes(bytes([self.byte_of[token_id]]))
         # decoders drop a space at the start of a text, so the token is read behind itself
         alone = self.decode([token_id], skip_special_tokens=False)
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :]
@@ -112,12 +116,18 @@ def _special_texts(special_map: dict[str, Any]) -> list[str]:
 
 
 def _byte_table(backend: Backend) -> tuple[bytes, ...] | None:
-    """Each token's bytes where decoding is nothing but joining them (byte-level BPE), else None."""
     if not isinstance(backend.decoder, decoders.ByteLevel):
         return None
     byte_of = _byte_alphabet()
     pieces = {index: piece for piece, index in backend.get_vocab(with_added_tokens=True).items()}
     return tuple(_piece_bytes(pieces.get(index, ""), byte_of) for index in range(max(pieces) + 1))
+
+
+def _fallback_bytes(backend: Backend) -> dict[int, int]:
+    if backend.decoder is None or b"ByteFallback" not in backend.decoder.__getstate__():
+        return {}
+    ids = ((backend.token_to_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
+    return {index: byte for index, byte in ids if index is not None}
 
 
 def _byte_alphabet() -> dict[str, int]:
