@@ -1,0 +1,142 @@
+"""From settings to an engine that has made its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from app.engine.config import EngineConfig
+from app.engine.engine import Engine
+from app.engine.memory import MemoryTooSmall, choose_max_num_seqs
+from app.engine.request import GenerationRequest, ModelInfo, SamplingParams
+from app.engine.runner import Runner
+from mamba_core import MambaCache, MambaForCausalLM, checkpoints
+
+DEFAULT_PREFILL_BUDGET = {"cpu": 512, "cuda": 8192}
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WARM_UP_TOKENS = 32
+
+
+class EngineLoadError(Exception):
+    """The engine cannot be loaded with these settings; the message is one line for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model runs and in which types, resolved from the settings."""
+
+    device: torch.device
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Placement:
+        device = _find_device(config.device)
+        auto = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = _find_dtype("dtype", auto if config.dtype == "auto" else config.dtype)
+        return cls(device, dtype, _find_dtype("state_dtype", config.state_dtype))
+
+
+def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> tuple[Engine, ModelInfo]:
+    """Load a checkpoint and warm it up. ``report_checked`` gets its directory before the weights are read.
+
+    Raises EngineLoadError for what the operator can mend.
+    """
+    try:
+        placement = Placement.from_config(config)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        model_dir = checkpoints.resolve(config.model, config.revision)
+        checkpoints.inspect(model_dir)
+        report_checked(str(model_dir))
+        model = checkpoints.load(model_dir, dtype=placement.dtype, device=placement.device)
+        engine, info = build_engine(model, config, placement)
+        return engine, replace(info, model_dir=str(model_dir))
+    except (checkpoints.CheckpointError, MemoryTooSmall) as error:
+        raise EngineLoadError(str(error)) from error
+
+
+def build_engine(model: MambaForCausalLM, config: EngineConfig, placement: Placement) -> tuple[Engine, ModelInfo]:
+    """An engine around a model that is loaded. Raises MemoryTooSmall."""
+    device, dtype, state_dtype = placement.device, placement.dtype, placement.state_dtype
+    slot_bytes = MambaCache.slot_bytes(model.config, dtype, state_dtype)
+    num_slots = config.max_num_seqs or choose_max_num_seqs(device, slot_bytes, config.memory_fraction)
+    cache = MambaCache.from_config(model.config, num_slots + 1, dtype=dtype, state_dtype=state_dtype, device=device)
+    vocab_size = model.config.vocab_size
+    budget = config.prefill_budget or DEFAULT_PREFILL_BUDGET[device.type]
+    runner = Runner(model.eval(), cache, vocab_size)
+    warm_up(Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget), vocab_size)
+    engine = Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget)
+    return engine, _describe(model, placement, num_slots, cache.bytes_per_slot)
+
+
+def warm_up(engine: Engine, vocab_size: int) -> None:
+    """Make the first steps, so that what is compiled or allocated once is so before the first request."""
+    prompt = tuple(index % vocab_size for index in range(_WARM_UP_TOKENS))
+    sampling = SamplingParams(top_p=0.9, logprobs=0)
+    engine.submit(GenerationRequest("warm-up", prompt, sampling, max_tokens=2))
+    while engine.has_work:
+        for event in engine.step():
+            if getattr(event, "error", None):
+                raise RuntimeError("the model produced no usable token while warming up")
+
+
+def _describe(model: MambaForCausalLM, placement: Placement, num_slots: int, bytes_per_slot: int) -> ModelInfo:
+    config = model.config
+    return ModelInfo(
+        model_dir=config.name_or_path,
+        architecture=type(model).__name__,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocab_size=config.vocab_size,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        dtype=_name(placement.dtype),
+        state_dtype=_name(placement.state_dtype),
+        device=str(placement.device),
+        max_num_seqs=num_slots,
+        state_bytes_per_seq=bytes_per_slot,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=_eos_token_ids(model),
+        pad_token_id=config.pad_token_id,
+    )
+
+
+def _eos_token_ids(model: MambaForCausalLM) -> tuple[int, ...]:
+    """Ends of text, which a checkpoint names in its generation config or in its config, as one id or several."""
+    for config in (model.generation_config, model.config):
+        ids = config.eos_token_id
+        if ids is not None:
+            return (ids,) if isinstance(ids, int) else tuple(ids)
+    return ()
+
+
+def _find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise EngineLoadError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in DEFAULT_PREFILL_BUDGET:
+        raise EngineLoadError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        index = device.index or 0
+        if index >= count:
+            raise EngineLoadError(f"there is no device {name}: {count} CUDA devices are visible")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def _find_dtype(setting: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise EngineLoadError(f"unknown {setting} {name!r}: use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,236 @@
+"""The engine process: ``python -m app.engine.process``, started and supervised by ``client``.
+
+It loads the model, then turns commands into steps and steps into reports until it is told to stop or its parent is
+gone. Importing this loads no torch: the process must be tied to its parent before anything slow happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from app.engine.config import EngineConfig
+from app.engine.messages import (
+    EXIT_START_FAILED,
+    Abort,
+    Arguments,
+    Beat,
+    Checked,
+    Command,
+    Ready,
+    Report,
+    StartFailed,
+    Stop,
+    Submit,
+    pack_events,
+)
+from app.engine.request import Event, FinishReason, GenerationRequest, ModelInfo, TokenEvent
+
+if TYPE_CHECKING:
+    from app.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 0.5
+PARENT_CHECK_SECONDS = 0.5
+LINGER_MILLISECONDS = 2000
+
+_PR_SET_PDEATHSIG = 1
+
+# takes the settings and a function that is told the directory of the checkpoint once that has been checked
+Loader = Callable[[EngineConfig, Callable[[str], None]], tuple["Engine", ModelInfo]]
+
+
+class Channel:
+    """The process's end of the socket. One thread at a time may use it."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, LINGER_MILLISECONDS)
+        # queues are bounded where requests are admitted, not here
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.connect(endpoint)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(list[Command])
+
+    def send(self, report: Report) -> None:
+        self._socket.send(self._encoder.encode(report))
+
+    def receive(self, timeout: float) -> list[Command]:
+        """All commands that have arrived, after waiting at most ``timeout`` seconds for the first."""
+        commands: list[Command] = []
+        if not self._socket.poll(int(timeout * 1000)):
+            return commands
+        while True:
+            try:
+                commands += self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return commands
+
+    def close(self) -> None:
+        """Close after what was sent has left."""
+        self._socket.close()
+        self._context.term()
+
+
+class Desk:
+    """Between commands and the engine: knows the key of every live request."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._keys: dict[str, int] = {}
+        self._num_unfinished: dict[str, int] = {}
+        self._refusals: list[Event] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._refusals) or self._engine.has_work
+
+    def apply(self, command: Submit | Abort) -> None:
+        if isinstance(command, Abort):
+            self._engine.abort(command.request_id, command.sample)
+        else:
+            self._submit(command.key, command.request)
+
+    def step(self) -> Report:
+        """One step of the engine, as a report."""
+        events, self._refusals = self._refusals, []
+        events = events + self._engine.step()
+        report = pack_events(events, self._keys, self._engine.stats)
+        for event in events:
+            if isinstance(event, TokenEvent) and event.finish_reason is not None:
+                self._finish_sample(event.request_id)
+        return report
+
+    def idle(self) -> Report:
+        self._engine.check_integrity()
+        return Beat(self._engine.stats)
+
+    def _submit(self, key: int, request: GenerationRequest) -> None:
+        self._keys[request.request_id] = key
+        self._num_unfinished[request.request_id] = request.n
+        try:
+            self._engine.submit(request)
+        except ValueError as error:
+            self._refusals += [
+                TokenEvent(request.request_id, sample, None, finish_reason=FinishReason.ERROR, error=str(error))
+                for sample in range(request.n)
+            ]
+
+    def _finish_sample(self, request_id: str) -> None:
+        self._num_unfinished[request_id] -= 1
+        if self._num_unfinished[request_id] == 0:
+            del self._num_unfinished[request_id], self._keys[request_id]
+
+
+def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
+    """Run the process; returns its exit status. ``load`` replaces the loading of the engine in tests."""
+    arguments = Arguments.from_json((argv or sys.argv[1:])[0])
+    _tie_to_parent(arguments.parent_pid)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s", stream=sys.stderr)
+    channel = Channel(arguments.endpoint)
+    try:
+        with _beating(channel) as report:
+            started = _start(arguments.config, report, load or _default_loader())
+        if started is None:
+            return EXIT_START_FAILED
+        engine, info = started
+        channel.send(Ready(info, engine.stats))
+        _serve(channel, Desk(engine))
+        return 0
+    finally:
+        channel.close()
+
+
+def _serve(channel: Channel, desk: Desk) -> None:
+    """Drain the inbox, step, report: until told to stop. Without work it waits for commands and beats."""
+    while True:
+        commands = channel.receive(0 if desk.has_work else BEAT_SECONDS)
+        for command in commands:
+            if isinstance(command, Stop):
+                return
+            desk.apply(command)
+        channel.send(desk.step() if desk.has_work else desk.idle())
+
+
+def _start(config: EngineConfig, report: Callable[[Report], None], load: Loader) -> tuple[Engine, ModelInfo] | None:
+    """Load the engine, or report in one line why that is impossible."""
+    from app.engine.loading import EngineLoadError
+
+    try:
+        return load(config, lambda model_dir: report(Checked(model_dir)))
+    except EngineLoadError as error:
+        report(StartFailed(_one_line(str(error))))
+    except Exception as error:
+        logger.exception("the engine could not be loaded")
+        report(StartFailed(_one_line(f"the engine could not be loaded: {type(error).__name__}: {error}")))
+    return None
+
+
+def _default_loader() -> Loader:
+    from app.engine.loading import load_engine
+
+    return load_engine
+
+
+@contextmanager
+def _beating(channel: Channel) -> Iterator[Callable[[Report], None]]:
+    """Beat from a thread of its own, which has the channel to itself until the block ends."""
+    outbox: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+
+    def beat() -> None:
+        while True:
+            try:
+                report = outbox.get(timeout=BEAT_SECONDS)
+            except queue.Empty:
+                report = Beat()
+            if report is None:
+                return
+            channel.send(report)
+
+    outbox.put(Beat())
+    thread = threading.Thread(target=beat, name="beats")
+    thread.start()
+    try:
+        yield outbox.put
+    finally:
+        outbox.put(None)
+        thread.join()
+
+
+def _tie_to_parent(parent_pid: int) -> None:
+    """Leave signals to the parent, and die when it dies."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # the parent may have died before the call above, and other systems have no such call
+    threading.Thread(target=_watch_parent, args=(parent_pid,), daemon=True, name="parent").start()
+
+
+def _watch_parent(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(PARENT_CHECK_SECONDS)
+    os._exit(1)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

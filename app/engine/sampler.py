@@ -1,0 +1,216 @@
+"""Draws one token per row of a batch, in which every row has its own sampling parameters."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.engine import distribution
+from app.engine.host import to_device
+from app.engine.logprobs import token_logprobs
+from app.engine.penalties import PenaltyRows, TokenCounts
+from app.engine.request import SamplingParams
+from app.engine.sequence import Sequence
+
+# below this, dividing by the temperature says nothing that the maximum does not
+GREEDY_TEMPERATURE = 1e-5
+
+# the likeliest tokens that a top_p without a top_k looks at before it sorts the vocabulary
+_NUM_NUCLEUS_CANDIDATES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class FilterRows:
+    """Which of the random rows [F] are filtered by top_k and top_p, and how."""
+
+    rows: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    num_candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class RandomRows:
+    """The rows [R] that are drawn at random; ``rows`` is None when all are. ``floors`` is log(min_p)."""
+
+    rows: Tensor | None
+    keys: Tensor
+    temperature: Tensor
+    floors: Tensor
+    filters: FilterRows | None
+
+
+@dataclass(frozen=True, slots=True)
+class BiasCells:
+    """What is added to single logits: row, token and value of each."""
+
+    rows: Tensor
+    tokens: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobRows:
+    """Rows whose log-probabilities are wanted, on the device and on the host, and how many of the likeliest each."""
+
+    rows: Tensor
+    host_rows: tuple[int, ...]
+    nums_top: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class SamplingBatch:
+    """The parameters of a batch as tensors; a part that no row asks for is None and costs nothing.
+
+    ``positions`` [R] are those of the tokens that the random rows draw next, and advance with every draw.
+    """
+
+    random: RandomRows | None
+    positions: Tensor
+    bias: BiasCells | None
+    penalties: PenaltyRows | None
+    logprobs: LogprobRows | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Tokens [B] int64, whether each row's logits were finite [B], log-probabilities as in ``token_logprobs``."""
+
+    tokens: Tensor
+    is_finite: Tensor
+    logprobs: Tensor | None
+
+
+class Sampler:
+    """Turns logits into tokens. A seeded row draws the same tokens whatever the other rows of the batch are."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._vocab_size = vocab_size
+        self._counts = TokenCounts(num_slots, vocab_size, device)
+
+    def forget(self) -> None:
+        """Rebuild what is kept per slot from the sequences themselves."""
+        self._counts.forget()
+
+    def prepare(self, rows: tuple[Sequence, ...]) -> SamplingBatch:
+        """The parameters of these rows, in this order."""
+        params = [sequence.request.sampling for sequence in rows]
+        drawn = [row for row, p in enumerate(params) if p.temperature >= GREEDY_TEMPERATURE]
+        positions = self._integers(rows[row].position for row in drawn)
+        return SamplingBatch(
+            self._random_rows(rows, drawn) if drawn else None,
+            positions,
+            self._bias_cells(params),
+            self._penalty_rows(rows),
+            self._logprob_rows(params),
+        )
+
+    def draw(self, logits: Tensor, batch: SamplingBatch) -> Draw:
+        """One token per row of logits [B, V] float32, which are changed in place."""
+        is_finite = logits.sum(-1).isfinite()
+        raw = logits[batch.logprobs.rows] if batch.logprobs else None
+        self._adjust(logits, batch)
+        tokens = self._choose(logits, batch)
+        if batch.penalties:
+            self._counts.add(batch.penalties, tokens[batch.penalties.rows])
+        logprobs = None
+        if batch.logprobs and raw is not None:
+            logprobs = token_logprobs(raw, tokens[batch.logprobs.rows], max(batch.logprobs.nums_top))
+        return Draw(tokens, is_finite, logprobs)
+
+    def _adjust(self, logits: Tensor, batch: SamplingBatch) -> None:
+        if batch.bias:
+            logits[batch.bias.rows, batch.bias.tokens] += batch.bias.values
+        if batch.penalties:
+            self._counts.apply(logits, batch.penalties)
+
+    def _choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        random = batch.random
+        if random is None:
+            return logits.argmax(-1)
+        if random.rows is None:
+            tokens = _draw_random(logits, random, batch.positions)
+        else:
+            tokens = logits.argmax(-1)
+            tokens[random.rows] = _draw_random(logits[random.rows], random, batch.positions)
+        batch.positions += 1
+        return tokens
+
+    def _random_rows(self, rows: tuple[Sequence, ...], drawn: list[int]) -> RandomRows:
+        params = [rows[row].request.sampling for row in drawn]
+        keys = (distribution.stream_key(rows[row].request.sampling.seed, rows[row].sample) for row in drawn)
+        return RandomRows(
+            None if len(drawn) == len(rows) else self._integers(drawn),
+            self._integers(keys),
+            self._floats(p.temperature for p in params)[:, None],
+            self._floats(p.min_p for p in params).log()[:, None],
+            self._filter_rows(params),
+        )
+
+    def _filter_rows(self, params: list[SamplingParams]) -> FilterRows | None:
+        rows = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+        if not rows:
+            return None
+        top_k = [min(params[row].top_k, self._vocab_size) for row in rows]
+        num_candidates = max(top_k) if min(top_k) > 0 else max(*top_k, _NUM_NUCLEUS_CANDIDATES)
+        top_p = self._floats(params[row].top_p for row in rows)
+        return FilterRows(self._integers(rows), self._integers(top_k), top_p, num_candidates)
+
+    def _bias_cells(self, params: list[SamplingParams]) -> BiasCells | None:
+        cells = [(row, token, value) for row, p in enumerate(params) for token, value in p.logit_bias]
+        if not cells:
+            return None
+        rows, tokens, values = zip(*cells, strict=True)
+        return BiasCells(self._integers(rows), self._integers(tokens), self._floats(values))
+
+    def _penalty_rows(self, sequences: tuple[Sequence, ...]) -> PenaltyRows | None:
+        rows = [row for row, sequence in enumerate(sequences) if _is_penalised(sequence.request.sampling)]
+        if not rows:
+            return None
+        penalised = [sequences[row] for row in rows]
+        self._counts.begin(penalised)
+        params = [sequence.request.sampling for sequence in penalised]
+        return PenaltyRows(
+            self._integers(rows),
+            self._integers(sequence.slot for sequence in penalised),
+            self._floats(p.presence_penalty for p in params)[:, None],
+            self._floats(p.frequency_penalty for p in params)[:, None],
+            self._floats(p.repetition_penalty for p in params)[:, None],
+        )
+
+    def _logprob_rows(self, params: list[SamplingParams]) -> LogprobRows | None:
+        wanted = [(row, p.logprobs) for row, p in enumerate(params) if p.logprobs is not None]
+        if not wanted:
+            return None
+        rows, nums_top = zip(*wanted, strict=True)
+        return LogprobRows(self._integers(rows), rows, nums_top)
+
+    def _integers(self, values: Iterable[int]) -> Tensor:
+        return to_device(array("q", values), torch.int64, self._device)
+
+    def _floats(self, values: Iterable[float]) -> Tensor:
+        return to_device(array("f", values), torch.float32, self._device)
+
+
+def _is_penalised(params: SamplingParams) -> bool:
+    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+
+
+def _draw_random(logits: Tensor, random: RandomRows, positions: Tensor) -> Tensor:
+    scaled = (logits - logits.amax(-1, keepdim=True)) / random.temperature  # [R, V]
+    weights = scaled.exp()
+    thresholds = random.floors
+    if random.filters:
+        filters = random.filters
+        kept = distribution.filter_thresholds(
+            scaled[filters.rows], weights[filters.rows], filters.top_k, filters.top_p, filters.num_candidates
+        )
+        thresholds = thresholds.clone()
+        thresholds[filters.rows] = torch.maximum(thresholds[filters.rows], kept[:, None])
+    weights = torch.where(scaled >= thresholds, weights, 0)
+    return distribution.invert(weights, distribution.uniforms(random.keys, positions))

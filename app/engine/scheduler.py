@@ -1,0 +1,248 @@
+"""Who runs next: first come, first served, a slot per sample, no preemption. Pure bookkeeping, no tensors."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Iterable
+
+from app.engine.request import Event, FinishReason, GenerationRequest, PromptLogprobsEvent, TokenLogprobs
+from app.engine.sequence import Chunk, Prefill, Sequence, StepPlan, StepResult
+from app.engine.slots import SCRATCH_SLOT, SlotPool
+
+NOT_FINITE = "the model produced NaN or Inf"
+
+
+class Scheduler:
+    """The books of the engine: a sequence waits, then prefills, then runs, and its slot is free again.
+
+    ``plan`` says what the next step does and admits waiting requests; ``commit`` takes what the step drew and returns
+    the events. Nothing else may happen between the two. After a step that raised, ``recover`` or ``fail`` takes the
+    place of ``commit``.
+    """
+
+    def __init__(self, num_slots: int, prefill_budget: int) -> None:
+        if prefill_budget < 1:
+            raise ValueError(f"prefill_budget should be at least 1, got {prefill_budget}")
+        self._slots = SlotPool(num_slots)
+        self._prefill_budget = prefill_budget
+        self._waiting: deque[Prefill] = deque()
+        self._prefilling: list[Prefill] = []
+        self._suspects: list[Prefill] = []
+        self._running: tuple[Sequence, ...] = ()
+        self._live: dict[str, dict[int, Sequence]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    @property
+    def num_slots(self) -> int:
+        return self._slots.num_slots
+
+    @property
+    def num_running(self) -> int:
+        """Samples that hold a slot, prefilling ones included."""
+        return self._slots.num_held
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that wait for a slot."""
+        return sum(len(prefill.sequences) for prefill in self._waiting)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Put a request at the end of the queue. Raises ValueError when it can never run."""
+        if not 1 <= request.n <= self._slots.num_slots:
+            raise ValueError(f"n = {request.n} is not between 1 and {self._slots.num_slots}, the rows that run at once")
+        if not request.prompt_token_ids:
+            raise ValueError("the prompt is empty")
+        if request.request_id in self._live:
+            raise ValueError(f"request {request.request_id} is live already")
+        last, stop_token_ids = request.prompt_token_ids[-1], frozenset(request.stop_token_ids)
+        sequences = [Sequence(request, sample, stop_token_ids, last) for sample in range(request.n)]
+        self._live[request.request_id] = dict(enumerate(sequences))
+        self._waiting.append(_start_prefill(sequences, array("q", request.prompt_token_ids)))
+
+    def abort(self, request_id: str, sample: int | None = None) -> list[Event]:
+        """End one sample, or all of a request, in whatever phase it is. What is not live is ignored."""
+        samples = self._live.get(request_id, {})
+        chosen = [sequence for sequence in samples.values() if sample is None or sequence.sample == sample]
+        return self._end(chosen, FinishReason.ABORT)
+
+    def plan(self) -> StepPlan:
+        """The next step. Admits what there is room for."""
+        draft = _Draft(self._prefill_budget)
+        if self._suspects:
+            draft.take(self._suspects[0])
+            return draft.plan((), is_solo=True)
+        for prefill in self._prefilling:
+            draft.take(prefill)
+        while draft.budget > 0 and self._waiting and len(self._waiting[0].sequences) <= self._slots.num_free:
+            draft.take(self._admit())
+        return draft.plan(self._running, is_solo=False)
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        """Book what the planned step did; the events are in the order in which they are to be delivered."""
+        events: list[Event] = []
+        for index, chunk in enumerate(plan.chunks):
+            chunk.prefill.num_done = chunk.end
+            if index in result.prompt_logprobs:
+                events += self._report(chunk, result.prompt_logprobs[index])
+        for prefill in plan.done:
+            events += self._complete(prefill)
+        return events + self._commit_rows(plan, result)
+
+    def recover(self) -> None:
+        """After a step that raised: no state can be trusted, so every admitted sequence is computed again, alone.
+
+        Each is under suspicion until it has passed a step by itself; ``fail`` ends the one that does not.
+        """
+        replays = [_start_prefill([sequence], sequence.tokens) for sequence in self._running]
+        for prefill in replays:
+            prefill.num_reported = prefill.num_tokens
+        begun = self._suspects + self._prefilling
+        for prefill in begun:
+            prefill.num_done = 0
+        self._suspects = replays + begun
+        self._prefilling, self._running = [], ()
+
+    def fail(self, plan: StepPlan, error: str) -> list[Event]:
+        """End every sequence that took part in a step."""
+        return self._end(plan.members, FinishReason.ERROR, error)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless slots, phases and the registry of live samples agree."""
+        self._slots.check_integrity()
+        begun_prefills = self._suspects + self._prefilling
+        waiting = [sequence for prefill in self._waiting for sequence in prefill.sequences]
+        begun = [sequence for prefill in begun_prefills for sequence in prefill.sequences]
+        live = [sequence for samples in self._live.values() for sequence in samples.values()]
+        placed = waiting + begun + list(self._running)
+        assert len(placed) == len(set(placed)), "a sequence is in two phases"
+        assert set(placed) == set(live), "a live sequence is lost or a dead one kept"
+        held = [sequence.slot for sequence in begun + list(self._running)]
+        assert sorted(held) == sorted(self._slots.held), "slots and the sequences that hold them differ"
+        assert all(sequence.slot == SCRATCH_SLOT for sequence in waiting), "a waiting sequence holds a slot"
+        assert all(prefill.sequences for prefill in [*self._waiting, *begun_prefills]), "a prefill is for nobody"
+        assert all(sequence.prefill is None for sequence in self._running), "a running sequence prefills"
+
+    def _admit(self) -> Prefill:
+        prefill = self._waiting.popleft()
+        for sequence in prefill.sequences:
+            sequence.slot = self._slots.allocate()
+        self._prefilling.append(prefill)
+        return prefill
+
+    def _report(self, chunk: Chunk, logprobs: tuple[TokenLogprobs, ...] | None) -> list[Event]:
+        prefill = chunk.prefill
+        if logprobs is None:
+            return self._end(list(prefill.sequences), FinishReason.ERROR, NOT_FINITE)
+        start = max(chunk.start, prefill.num_reported) + 1
+        prefill.num_reported = chunk.end
+        return [PromptLogprobsEvent(prefill.request.request_id, start, logprobs)]
+
+    def _complete(self, prefill: Prefill) -> list[Event]:
+        if not prefill.sequences:
+            return []
+        if prefill.request.max_tokens == 0:
+            return self._end(list(prefill.sequences), FinishReason.LENGTH)
+        self._phase_of(prefill).remove(prefill)
+        for sequence in prefill.sequences:
+            sequence.prefill = None
+        return []
+
+    def _commit_rows(self, plan: StepPlan, result: StepResult) -> list[Event]:
+        events: list[Event] = []
+        logprobs, broken = result.logprobs, result.broken
+        num_finished = 0
+        for row, (sequence, token) in enumerate(zip(plan.rows, result.tokens, strict=True)):
+            if sequence.is_finished:
+                num_finished += 1
+                continue
+            if row in broken:
+                event = sequence.end(FinishReason.ERROR, NOT_FINITE)
+            else:
+                event = sequence.accept(token, logprobs.get(row))
+            if event.finish_reason is not None:
+                self._release(sequence)
+                num_finished += 1
+            events.append(event)
+        rows = plan.rows
+        if num_finished:
+            rows = tuple(sequence for sequence in rows if not sequence.is_finished)
+        self._running = self._running + rows if plan.is_solo else rows
+        return events
+
+    def _end(self, sequences: Iterable[Sequence], reason: FinishReason, error: str | None = None) -> list[Event]:
+        events: list[Event] = []
+        for sequence in sequences:
+            if sequence.prefill is not None:
+                self._leave(sequence.prefill, sequence)
+            self._release(sequence)
+            events.append(sequence.end(reason, error))
+        if any(sequence.is_finished for sequence in self._running):
+            self._running = tuple(sequence for sequence in self._running if not sequence.is_finished)
+        return events
+
+    def _leave(self, prefill: Prefill, sequence: Sequence) -> None:
+        """Take one sequence out of a prefill; the state built so far goes on under the next one."""
+        first = prefill.sequences[0]
+        prefill.sequences.remove(sequence)
+        if not prefill.sequences:
+            self._phase_of(prefill).remove(prefill)
+        elif sequence is first:
+            heir = prefill.sequences[0]
+            sequence.slot, heir.slot = heir.slot, sequence.slot
+
+    def _phase_of(self, prefill: Prefill) -> list[Prefill] | deque[Prefill]:
+        for phase in (self._suspects, self._prefilling):
+            if prefill in phase:
+                return phase
+        return self._waiting
+
+    def _release(self, sequence: Sequence) -> None:
+        sequence.is_finished = True
+        if sequence.slot != SCRATCH_SLOT:
+            self._slots.free(sequence.slot)
+            sequence.slot = SCRATCH_SLOT
+        samples = self._live[sequence.request.request_id]
+        del samples[sequence.sample]
+        if not samples:
+            del self._live[sequence.request.request_id]
+
+
+class _Draft:
+    """A plan in the making: prefills take their share of the budget in the order in which they are given."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._fresh: list[int] = []
+        self._chunks: list[Chunk] = []
+        self._done: list[Prefill] = []
+
+    def take(self, prefill: Prefill) -> None:
+        num_tokens = min(self.budget, prefill.num_left)
+        if num_tokens == 0 < prefill.num_left:
+            return
+        if prefill.num_done == 0:
+            self._fresh.append(prefill.slot)
+        if num_tokens > 0:
+            self._chunks.append(Chunk(prefill, prefill.num_done, prefill.num_done + num_tokens))
+        if num_tokens == prefill.num_left:
+            self._done.append(prefill)
+        self.budget -= num_tokens
+
+    def plan(self, running: tuple[Sequence, ...], *, is_solo: bool) -> StepPlan:
+        starting = [prefill for prefill in self._done if prefill.request.max_tokens > 0]
+        forks = [(prefill.slot, copy.slot) for prefill in starting for copy in prefill.sequences[1:]]
+        rows = tuple(sequence for prefill in starting for sequence in prefill.sequences)
+        rows = running + rows if rows else running
+        done = tuple(self._done)
+        return StepPlan(tuple(self._fresh), tuple(self._chunks), tuple(forks), rows, done, is_solo)
+
+
+def _start_prefill(sequences: list[Sequence], tokens: array[int]) -> Prefill:
+    prefill = Prefill(sequences, tokens)
+    for sequence in sequences:
+        sequence.prefill = prefill
+    return prefill

@@ -1,0 +1,139 @@
+"""What the engine keeps of each sample while it lives, and what one step is told to do and reports back."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from app.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
+from app.engine.slots import SCRATCH_SLOT
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample of a request: the slot of its state and the tokens it has made.
+
+    ``next_token`` has been drawn, or is the last of the prompt, and its effect is not in the state yet: it is what
+    decode feeds. ``prefill`` is set until the state holds every token before it.
+    """
+
+    request: GenerationRequest
+    sample: int
+    stop_token_ids: frozenset[int]
+    next_token: int
+    slot: int = SCRATCH_SLOT
+    output: list[int] = field(default_factory=list)
+    prefill: Prefill | None = None
+    is_finished: bool = False
+
+    @property
+    def position(self) -> int:
+        """Index of the token to be drawn next, counted from the start of the prompt."""
+        return len(self.request.prompt_token_ids) + len(self.output)
+
+    @property
+    def tokens(self) -> array[int]:
+        """All tokens so far, prompt and output."""
+        return array("q", self.request.prompt_token_ids) + array("q", self.output)
+
+    def accept(self, token: int, logprobs: TokenLogprobs | None = None) -> TokenEvent:
+        """Append the token drawn by decode; the event says whether it was the last."""
+        self.output.append(token)
+        self.next_token = token
+        reason, stop_reason = None, None
+        if token in self.stop_token_ids:
+            reason, stop_reason = FinishReason.STOP, token
+        elif len(self.output) >= self.request.max_tokens:
+            reason = FinishReason.LENGTH
+        return TokenEvent(self.request.request_id, self.sample, token, logprobs, reason, stop_reason)
+
+    def end(self, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        """The event of an end without a token."""
+        return TokenEvent(self.request.request_id, self.sample, None, finish_reason=reason, error=error)
+
+
+@dataclass(slots=True, eq=False)
+class Prefill:
+    """Tokens that must pass through the model before decode: all but the last of those given.
+
+    The samples of a request share one until it is done. Its state grows in ``slot``, the slot of the first sequence.
+    ``num_reported`` counts the prompt positions whose log-probabilities have been delivered.
+    """
+
+    sequences: list[Sequence]
+    tokens: array[int]
+    num_done: int = 0
+    num_reported: int = 0
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.sequences[0].request
+
+    @property
+    def slot(self) -> int:
+        return self.sequences[0].slot
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to prefill in all; the last token goes through decode."""
+        return len(self.tokens) - 1
+
+    @property
+    def num_left(self) -> int:
+        return self.num_tokens - self.num_done
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``start`` to ``end`` of a prefill, taken into one step."""
+
+    prefill: Prefill
+    start: int
+    end: int
+
+    @property
+    def wants_logprobs(self) -> bool:
+        prefill = self.prefill
+        return prefill.request.prompt_logprobs is not None and self.end > prefill.num_reported
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. In this order: zero the slots of ``fresh``, run ``chunks``, copy states along ``forks`` (source,
+    destination), draw one token for each of ``rows``.
+
+    ``rows`` is the same object as in the step before when nobody came or went. ``done`` are the prefills that this
+    step completes. A step ``is_solo`` when it leaves out sequences that could run.
+    """
+
+    fresh: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    forks: tuple[tuple[int, int], ...]
+    rows: tuple[Sequence, ...]
+    done: tuple[Prefill, ...]
+    is_solo: bool = False
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
+
+    @property
+    def members(self) -> tuple[Sequence, ...]:
+        """Every sequence that takes part, once."""
+        prefills = [chunk.prefill for chunk in self.chunks] + list(self.done)
+        prefilling = [sequence for prefill in prefills for sequence in prefill.sequences]
+        return tuple(dict.fromkeys([*prefilling, *self.rows]))
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step drew: one token per row, meaningless for ``broken`` rows, whose logits were not finite.
+
+    ``logprobs`` by row, for rows that asked; ``prompt_logprobs`` by chunk, in the order of positions, or None where
+    they were NaN or Inf.
+    """
+
+    tokens: list[int]
+    broken: frozenset[int] = frozenset()
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...] | None] = field(default_factory=dict)

@@ -1,0 +1,301 @@
+"""Who runs next: first come first served, slots and budget respected, books that balance after anything."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from app.engine.request import Event, FinishReason, GenerationRequest, SamplingParams, TokenEvent, TokenLogprobs
+from app.engine.scheduler import Scheduler
+from app.engine.sequence import StepPlan, StepResult
+
+STOP = 9
+
+
+def request(
+    request_id: str, length: int = 3, max_tokens: int = 2, n: int = 1, logprobs: int | None = None
+) -> GenerationRequest:
+    return GenerationRequest(request_id, (1,) * length, SamplingParams(), max_tokens, (STOP,), n, logprobs)
+
+
+def carry_out(plan: StepPlan, token: int = 1) -> StepResult:
+    """What a runner would answer: the same token for every row, log-probabilities where they are wanted."""
+    slices = {
+        index: (TokenLogprobs(-1.0),) * (chunk.end - max(chunk.start, chunk.prefill.num_reported))
+        for index, chunk in enumerate(plan.chunks)
+        if chunk.wants_logprobs
+    }
+    return StepResult([token] * len(plan.rows), prompt_logprobs=slices)
+
+
+def step(scheduler: Scheduler, token: int = 1) -> tuple[StepPlan, list[Event]]:
+    plan = scheduler.plan()
+    events = scheduler.commit(plan, carry_out(plan, token))
+    scheduler.check_integrity()
+    return plan, events
+
+
+def ids(plan: StepPlan) -> list[str]:
+    return [sequence.request.request_id for sequence in plan.rows]
+
+
+def spans(plan: StepPlan) -> list[tuple[str, int, int]]:
+    return [(chunk.prefill.request.request_id, chunk.start, chunk.end) for chunk in plan.chunks]
+
+
+def test_prefill_leaves_out_the_last_prompt_token_and_decodes_in_the_same_step() -> None:
+    scheduler = Scheduler(2, 8)
+    scheduler.add(request("a", length=4))
+    plan, events = step(scheduler)
+    assert spans(plan) == [("a", 0, 3)]
+    assert ids(plan) == ["a"]
+    assert [event.token_id for event in events if isinstance(event, TokenEvent)] == [1]
+
+
+def test_a_prompt_of_one_token_needs_no_prefill_but_a_fresh_slot() -> None:
+    scheduler = Scheduler(2, 8)
+    scheduler.add(request("a", length=1))
+    plan, _ = step(scheduler)
+    assert plan.chunks == ()
+    assert plan.fresh == (plan.rows[0].slot,)
+    assert ids(plan) == ["a"]
+
+
+def test_a_long_prompt_is_cut_to_the_budget_and_running_rows_go_on() -> None:
+    scheduler = Scheduler(2, 4)
+    scheduler.add(request("short", length=2, max_tokens=9))
+    scheduler.add(request("long", length=10, max_tokens=9))
+    plans = [step(scheduler)[0] for _ in range(3)]
+    assert [spans(plan) for plan in plans] == [
+        [("short", 0, 1), ("long", 0, 3)],
+        [("long", 3, 7)],
+        [("long", 7, 9)],
+    ]
+    assert [ids(plan) for plan in plans] == [["short"], ["short"], ["short", "long"]]
+    assert [len(plan.fresh) for plan in plans] == [2, 0, 0]
+
+
+def test_several_prompts_share_the_budget_in_order_of_arrival() -> None:
+    scheduler = Scheduler(4, 10)
+    for name in "abcd":
+        scheduler.add(request(name, length=5))
+    plan, _ = step(scheduler)
+    assert spans(plan) == [("a", 0, 4), ("b", 0, 4), ("c", 0, 2)]
+    assert scheduler.num_waiting == 1
+
+
+def test_nobody_overtakes_a_request_that_waits_for_more_slots() -> None:
+    scheduler = Scheduler(3, 100)
+    scheduler.add(request("a", max_tokens=3))
+    step(scheduler)
+    scheduler.add(request("big", n=3))
+    scheduler.add(request("small"))
+    assert [ids(step(scheduler)[0]) for _ in range(3)] == [["a"], ["a"], ["big"] * 3]
+    assert scheduler.num_waiting == 1
+
+
+def test_samples_share_one_prefill_and_fork_when_it_is_done() -> None:
+    scheduler = Scheduler(4, 2)
+    scheduler.add(request("a", length=4, n=3))
+    first, _ = step(scheduler)
+    assert first.forks == ()
+    assert scheduler.num_running == 3
+    second, _ = step(scheduler)
+    slots = [sequence.slot for sequence in second.rows]
+    assert second.forks == ((slots[0], slots[1]), (slots[0], slots[2]))
+    assert len(set(slots)) == 3
+
+
+def test_rows_are_the_same_object_while_nobody_comes_or_goes() -> None:
+    scheduler = Scheduler(2, 8)
+    scheduler.add(request("a", max_tokens=4))
+    first, _ = step(scheduler)
+    second, _ = step(scheduler)
+    assert second.rows is first.rows
+    scheduler.add(request("b"))
+    third, _ = step(scheduler)
+    assert third.rows is not second.rows
+
+
+def test_a_stop_token_is_delivered_and_ends_the_row() -> None:
+    scheduler = Scheduler(1, 8)
+    scheduler.add(request("a", max_tokens=5))
+    step(scheduler)
+    _, events = step(scheduler, token=STOP)
+    assert events == [TokenEvent("a", 0, STOP, None, FinishReason.STOP, STOP)]
+    assert not scheduler.has_work
+
+
+def test_a_stop_token_that_is_also_the_last_allowed_counts_as_stop() -> None:
+    scheduler = Scheduler(1, 8)
+    scheduler.add(request("a", max_tokens=1))
+    _, events = step(scheduler, token=STOP)
+    assert events == [TokenEvent("a", 0, STOP, None, FinishReason.STOP, STOP)]
+
+
+def test_max_tokens_zero_ends_after_the_prompt_without_a_row() -> None:
+    scheduler = Scheduler(1, 2)
+    scheduler.add(request("a", length=4, max_tokens=0, logprobs=0))
+    first, events = step(scheduler)
+    second, more = step(scheduler)
+    assert (first.rows, second.rows) == ((), ())
+    assert [event.start for event in [*events, *more[:1]]] == [1, 3]  # type: ignore[union-attr]
+    assert more[1:] == [TokenEvent("a", 0, None, finish_reason=FinishReason.LENGTH)]
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+def test_abort_frees_the_slots_while_waiting_prefilling_and_decoding(num_steps: int) -> None:
+    scheduler = Scheduler(3, 4)
+    scheduler.add(request("a", length=10, max_tokens=9, n=2))
+    for _ in range(num_steps):
+        step(scheduler)
+    assert scheduler.abort("a") == [
+        TokenEvent("a", sample, None, finish_reason=FinishReason.ABORT) for sample in (0, 1)
+    ]
+    scheduler.check_integrity()
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.has_work) == (0, 0, False)
+    assert scheduler.abort("a") == []
+
+
+def test_the_state_of_a_prefill_outlives_the_abort_of_its_first_sample() -> None:
+    scheduler = Scheduler(2, 4)
+    scheduler.add(request("a", length=8, n=2))
+    first, _ = step(scheduler)
+    scheduler.abort("a", 0)
+    scheduler.check_integrity()
+    second, _ = step(scheduler)
+    assert second.fresh == ()
+    assert [sequence.slot for sequence in second.rows] == list(first.fresh)
+    assert scheduler.num_running == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (request("b", n=4), "n = 4 is not between 1 and 3"),
+        (request("b", n=0), "n = 0"),
+        (request("b", length=0), "empty"),
+        (request("a"), "live already"),
+    ],
+)
+def test_what_can_never_run_is_refused(bad: GenerationRequest, message: str) -> None:
+    scheduler = Scheduler(3, 4)
+    scheduler.add(request("a"))
+    with pytest.raises(ValueError, match=message):
+        scheduler.add(bad)
+    scheduler.check_integrity()
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="prefill_budget"):
+        Scheduler(1, 0)
+
+
+def test_after_recovery_every_sequence_is_computed_again_alone() -> None:
+    scheduler = Scheduler(4, 8)
+    scheduler.add(request("a", length=3, max_tokens=9))
+    scheduler.add(request("b", length=4, max_tokens=9))
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(request("c", length=2, max_tokens=9))
+    scheduler.plan()
+    scheduler.recover()
+    scheduler.check_integrity()
+    plans = [step(scheduler)[0] for _ in range(4)]
+    # two tokens have been drawn; the last of them goes through decode
+    assert [spans(plan) for plan in plans] == [[("a", 0, 4)], [("b", 0, 5)], [("c", 0, 1)], []]
+    assert [ids(plan) for plan in plans] == [["a"], ["b"], ["c"], ["a", "b", "c"]]
+    assert [plan.is_solo for plan in plans] == [True, True, True, False]
+
+
+class Books(RuleBasedStateMachine):
+    """Any order of adding, aborting, stepping and failing keeps the books, and every sample ends exactly once."""
+
+    names = Bundle("names")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(num_slots=4, prefill_budget=5)
+        self.open: set[tuple[str, int]] = set()
+        self.num_tokens: dict[tuple[str, int], int] = {}
+        self.limits: dict[str, int] = {}
+
+    @rule(
+        target=names,
+        length=st.integers(1, 14),
+        max_tokens=st.integers(0, 5),
+        n=st.integers(1, 4),
+        logprobs=st.none() | st.just(0),
+    )
+    def add(self, length: int, max_tokens: int, n: int, logprobs: int | None) -> str:
+        name = f"r{len(self.limits)}"
+        self.limits[name] = max_tokens
+        self.open |= {(name, sample) for sample in range(n)}
+        self.scheduler.add(request(name, length, max_tokens, n, logprobs))
+        return name
+
+    @rule(name=names)
+    def abort(self, name: str) -> None:
+        self.take(self.scheduler.abort(name))
+        assert all(key[0] != name for key in self.open)
+
+    @rule(name=names, sample=st.integers(0, 3))
+    def abort_sample(self, name: str, sample: int) -> None:
+        self.take(self.scheduler.abort(name, sample))
+        assert (name, sample) not in self.open
+
+    @rule(token=st.sampled_from([1, 1, 1, STOP]))
+    def step(self, token: int) -> None:
+        plan = self.scheduler.plan()
+        assert plan.num_prefill_tokens <= 5
+        assert len({sequence.slot for sequence in plan.rows}) == len(plan.rows)
+        self.take(self.scheduler.commit(plan, carry_out(plan, token)))
+
+    @rule(data=st.data())
+    def step_with_broken_row(self, data: st.DataObject) -> None:
+        plan = self.scheduler.plan()
+        good = carry_out(plan)
+        broken = frozenset(data.draw(st.lists(st.integers(0, 3), max_size=2))) & set(range(len(plan.rows)))
+        slices = dict(good.prompt_logprobs)
+        if slices and data.draw(st.booleans()):
+            slices[min(slices)] = None
+        self.take(self.scheduler.commit(plan, StepResult(good.tokens, broken, prompt_logprobs=slices)))
+
+    @rule(fails=st.booleans())
+    def step_raises(self, fails: bool) -> None:
+        plan = self.scheduler.plan()
+        if fails:
+            self.take(self.scheduler.fail(plan, "planted"))
+        self.scheduler.recover()
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.scheduler.check_integrity()
+        assert self.scheduler.has_work == bool(self.open)
+
+    def take(self, events: list[Event]) -> None:
+        for event in events:
+            if not isinstance(event, TokenEvent):
+                continue
+            key = (event.request_id, event.sample)
+            assert key in self.open, "an event of a sample that has ended"
+            if event.token_id is not None:
+                self.num_tokens[key] = self.num_tokens.get(key, 0) + 1
+            if event.finish_reason is not None:
+                self.open.remove(key)
+            if event.finish_reason is FinishReason.LENGTH:
+                assert self.num_tokens.get(key, 0) == self.limits[event.request_id]
+
+    def teardown(self) -> None:
+        for _ in range(2000):
+            if not self.scheduler.has_work:
+                break
+            self.step(token=1)
+        assert self.open == set()
+        assert self.scheduler.num_running == 0
+
+
+TestBooks = Books.TestCase
+TestBooks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
