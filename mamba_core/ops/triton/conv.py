@@ -10,20 +10,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_core.ops.packing import Packing
-from mamba_core.ops.triton.conv_kernels import (
+from mamba_core.ops.triton.conv_backward_kernels import (
+    conv_backward_head_kernel,
     conv_backward_input_kernel,
     conv_backward_weight_kernel,
-    conv_kernel,
-    conv_state_kernel,
-    conv_step_kernel,
 )
+from mamba_core.ops.triton.conv_kernels import conv_head_kernel, conv_kernel, conv_step_kernel
 from mamba_core.ops.triton.layout import as_rows, check_state
 
-_BLOCK_T = 32
+_BLOCK_T = 16
 _BLOCK_D = 128
 _WARPS = 4
 # programs that share out the tokens of a weight gradient: bounds the partial sums
-_BACKWARD_PROGRAMS = 128
+_BACKWARD_PROGRAMS = 256
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
@@ -46,30 +45,32 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, pack
         weight,
         weight if bias is None else bias,
         y,
-        state,
-        packing.slots,
         packing.seq_idx,
         packing.cu_seqlens,
         packing.num_tokens,
         dim,
         x.stride(0),
         y.stride(0),
-        state.stride(0),
         K=width,
         HAS_BIAS=bias is not None,
         BLOCK_T=_BLOCK_T,
         BLOCK_D=_BLOCK_D,
         num_warps=_WARPS,
     )
-    conv_state_kernel[(packing.num_rows, triton.cdiv(dim, _BLOCK_D))](
+    conv_head_kernel[(packing.num_rows, triton.cdiv(dim, _BLOCK_D))](
         x,
+        weight,
+        weight if bias is None else bias,
+        y,
         state,
         packing.slots,
         packing.cu_seqlens,
         dim,
         x.stride(0),
+        y.stride(0),
         state.stride(0),
         K=width,
+        HAS_BIAS=bias is not None,
         BLOCK_D=_BLOCK_D,
         num_warps=_BLOCK_D // 32,
     )
@@ -100,15 +101,16 @@ def _backward(
     dim, width = weight.shape
     token_blocks, channel_blocks = triton.cdiv(packing.num_tokens, _BLOCK_T), triton.cdiv(dim, _BLOCK_D)
     programs = min(token_blocks, _BACKWARD_PROGRAMS)
+    heads = min(packing.num_rows, _BACKWARD_PROGRAMS)
     dpre = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    dweight = torch.empty((programs, width, dim), dtype=torch.float32, device=x.device)
-    dbias = torch.empty((programs, dim), dtype=torch.float32, device=x.device)
+    # shares of the programs of the first kernel, then of those of the second
+    dweight = torch.empty((programs + heads, width, dim), dtype=torch.float32, device=x.device)
+    dbias = torch.empty((programs + heads, dim), dtype=torch.float32, device=x.device)
     conv_backward_weight_kernel[(programs, channel_blocks)](
         x,
         weight,
         weight if bias is None else bias,
         dy,
-        history,
         packing.seq_idx,
         packing.cu_seqlens,
         dpre,
@@ -118,13 +120,35 @@ def _backward(
         dim,
         x.stride(0),
         dy.stride(0),
-        history.stride(0),
+        0,
         K=width,
         BLOCK_K=triton.next_power_of_2(width),
         HAS_BIAS=bias is not None,
         BLOCK_T=_BLOCK_T,
         BLOCK_D=_BLOCK_D,
-        num_warps=_WARPS,
+        num_warps=_BLOCK_D // 32,
+    )
+    conv_backward_head_kernel[(heads, channel_blocks)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        dy,
+        history,
+        packing.cu_seqlens,
+        dpre,
+        dweight[programs:],
+        dbias[programs:],
+        packing.num_rows,
+        dim,
+        x.stride(0),
+        dy.stride(0),
+        history.stride(0),
+        0,
+        K=width,
+        BLOCK_K=triton.next_power_of_2(width),
+        HAS_BIAS=bias is not None,
+        BLOCK_D=_BLOCK_D,
+        num_warps=_BLOCK_D // 32,
     )
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     conv_backward_input_kernel[(token_blocks, channel_blocks)](

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from mamba_core.ops.triton.scan_kernels import scan_carry_kernel, scan_kernel, s
 _WARPS = 2
 _BLOCK_D = 32 * _WARPS
 _BACKWARD_BLOCK_D = 32
+# lets twelve warps share a multiprocessor, at the price of a few spilled bytes
+_BACKWARD_REGISTERS = 168
 _CARRY_BLOCK = 128
 _STEP_BLOCK_D = 64
 # tokens between kept states: the recomputed states of one chunk should fit the L2 cache for all programs together
@@ -99,6 +102,7 @@ def _forward(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing, checkp
         N=num_states,
         BLOCK_N=triton.next_power_of_2(num_states),
         BLOCK_D=_BLOCK_D,
+        ALIGN=math.gcd(B.stride(0), C.stride(0), 16),
         CHECKPOINT=0 if checkpoint is None else _CHECKPOINT,
         SEGMENTED=segments > 1,
         num_warps=_WARPS,
@@ -132,6 +136,7 @@ def _segment_entries(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing
         N=num_states,
         BLOCK_N=triton.next_power_of_2(num_states),
         BLOCK_D=_BLOCK_D,
+        ALIGN=math.gcd(B.stride(0), 16),
         num_warps=_WARPS,
     )
     scan_carry_kernel[(packing.num_rows, triton.cdiv(dim * num_states, _CARRY_BLOCK))](
@@ -223,8 +228,10 @@ def _backward(inputs: tuple[Tensor, ...], checkpoint: Tensor, packing: Packing, 
         N=num_states,
         BLOCK_N=block_n,
         BLOCK_D=_BACKWARD_BLOCK_D,
+        ALIGN=math.gcd(B.stride(0), C.stride(0), 16),
         CHECKPOINT=_CHECKPOINT,
         num_warps=_BACKWARD_BLOCK_D // 32,
+        maxnreg=_BACKWARD_REGISTERS,
     )
     sums = ((da, A), (db, B), (dc, C), (dd, D), (dbias, dt_bias))
     ga, gb, gc, gd, gbias = (p.sum(0).to(t.dtype) for p, t in sums)

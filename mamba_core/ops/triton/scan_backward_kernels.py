@@ -54,6 +54,7 @@ def scan_backward_kernel(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHECKPOINT: tl.constexpr,
 ):
     """dx, ddt, dz [T, D] contiguous; db, dc [channel blocks, T, N]; da [programs, D, N]; dd, dbias [programs, D];
@@ -95,7 +96,7 @@ def scan_backward_kernel(
                 tl.store(state_ptr + (local + nothing)[None, :] + (n * BLOCK_D)[:, None], h)
                 x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0).to(tl.float32)
                 dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0).to(tl.float32)
-                b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0).to(tl.float32)
+                b = tl.load(b_ptr + tl.multiple_of(t * b_stride, ALIGN) + n, mask=mask_n, other=0.0).to(tl.float32)
                 delta = softplus(dt + bias)
                 h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * b[:, None]
             for j in range(0, size):
@@ -107,8 +108,8 @@ def scan_backward_kernel(
                 u = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0).to(tl.float32) + bias
                 z = tl.load(z_ptr + t * z_stride + d, mask=mask_d, other=0.0).to(tl.float32)
                 dy = tl.load(dy_ptr + t * dy_stride + d, mask=mask_d, other=0.0).to(tl.float32)
-                b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0).to(tl.float32)
-                c = tl.load(c_ptr + t * c_stride + n, mask=mask_n, other=0.0).to(tl.float32)
+                b = tl.load(b_ptr + tl.multiple_of(t * b_stride, ALIGN) + n, mask=mask_n, other=0.0).to(tl.float32)
+                c = tl.load(c_ptr + tl.multiple_of(t * c_stride, ALIGN) + n, mask=mask_n, other=0.0).to(tl.float32)
                 delta = softplus(u)
                 gain = delta * x
                 decay = tl.exp2(delta[None, :] * a)

@@ -1,7 +1,7 @@
 """Selective scan, forward: Triton kernels.
 
 A program owns BLOCK_D = 32 * num_warps channels of one sequence (or of one segment of it) and all their states, one
-channel per thread (see ``tiles``).
+channel per thread (see ``tiles``). ALIGN divides the row strides of B and C: their rows are then read in wide loads.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def scan_kernel(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
     CHECKPOINT: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
@@ -81,8 +82,8 @@ def scan_kernel(
     next_x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0)
     next_dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0)
     next_z = tl.load(z_ptr + t * z_stride + d, mask=mask_d, other=0.0)
-    next_b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0)
-    next_c = tl.load(c_ptr + t * c_stride + n, mask=mask_n, other=0.0)
+    next_b = tl.load(b_ptr + tl.multiple_of(t * b_stride, ALIGN) + n, mask=mask_n, other=0.0)
+    next_c = tl.load(c_ptr + tl.multiple_of(t * c_stride, ALIGN) + n, mask=mask_n, other=0.0)
     for i in range(0, length):
         x = next_x.to(tl.float32)
         delta = softplus(next_dt.to(tl.float32) + bias)
@@ -93,8 +94,8 @@ def scan_kernel(
         next_x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0)
         next_dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0)
         next_z = tl.load(z_ptr + t * z_stride + d, mask=mask_d, other=0.0)
-        next_b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0)
-        next_c = tl.load(c_ptr + t * c_stride + n, mask=mask_n, other=0.0)
+        next_b = tl.load(b_ptr + tl.multiple_of(t * b_stride, ALIGN) + n, mask=mask_n, other=0.0)
+        next_c = tl.load(c_ptr + tl.multiple_of(t * c_stride, ALIGN) + n, mask=mask_n, other=0.0)
 
         if CHECKPOINT > 0:
             position = segment * segment_size + i
@@ -130,6 +131,7 @@ def scan_segment_kernel(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """What one segment adds to the state: its last state from zero, in ``entry`` [rows * segments, D, N], and the
     sum of its delta, in ``total`` [rows * segments, D], whose product with A is the log of the segment's decay."""
@@ -153,7 +155,7 @@ def scan_segment_kernel(
     t = tl.minimum(first, num_tokens - 1)
     next_x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0)
     next_dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0)
-    next_b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0)
+    next_b = tl.load(b_ptr + tl.multiple_of(t * b_stride, ALIGN) + n, mask=mask_n, other=0.0)
     for i in range(0, length):
         x = next_x.to(tl.float32)
         delta = softplus(next_dt.to(tl.float32) + bias)
@@ -161,7 +163,7 @@ def scan_segment_kernel(
         t = first + tl.minimum(i + 1, length - 1)
         next_x = tl.load(x_ptr + t * x_stride + d, mask=mask_d, other=0.0)
         next_dt = tl.load(dt_ptr + t * dt_stride + d, mask=mask_d, other=0.0)
-        next_b = tl.load(b_ptr + t * b_stride + n, mask=mask_n, other=0.0)
+        next_b = tl.load(b_ptr + tl.multiple_of(t * b_stride, ALIGN) + n, mask=mask_n, other=0.0)
         h = tl.exp2(delta[None, :] * a) * h + (delta * x)[None, :] * b[:, None]
         total += delta
     store_states(entry_ptr + item * dim * N, h, n, d, mask_d, N)
