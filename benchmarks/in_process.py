@@ -7,15 +7,16 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from app.engine.config import EngineConfig
 from app.engine.engine import Engine
+from app.engine.loading import Placement, build_engine
 from app.engine.request import GenerationRequest, SamplingParams
-from app.engine.runner import Runner
 from benchmarks.machine import Machine, measure_machine, versions
+from mamba_core import checkpoints
 from mamba_core.cache import MambaCache
 from mamba_core.configuration_mamba import MambaConfig
 from mamba_core.modeling_mamba import MambaForCausalLM
@@ -54,13 +55,10 @@ class Subject:
         return MambaCache.slot_bytes(self.config, self.dtype, self.state_dtype)
 
     def engine(self, num_slots: int, prefill_budget: int) -> Engine:
-        """An engine as the server builds it, with the scratch slot beside ``num_slots``."""
-        cache = MambaCache.from_config(
-            self.config, num_slots + 1, dtype=self.dtype, state_dtype=self.state_dtype, device=self.device
-        )
-        vocab_size = self.config.vocab_size
-        runner = Runner(self.model, cache, vocab_size)
-        return Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=prefill_budget)
+        """An engine as the server builds it, warmed up."""
+        config = EngineConfig(self.name, max_num_seqs=num_slots, prefill_budget=prefill_budget)
+        placement = Placement(self.device, self.dtype, self.state_dtype)
+        return build_engine(self.model, config, placement)[0]
 
     def floor_seconds(self, num_tokens: int, num_rows: int) -> float:
         """The least time of a step that takes ``num_tokens`` through the layers and makes logits of ``num_rows``.
@@ -86,7 +84,7 @@ class Subject:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", help="directory of a checkpoint")
+    which.add_argument("--model", help="directory or hub id of a checkpoint")
     which.add_argument("--random", choices=sorted(SHAPES), help="a published shape with random weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -110,8 +108,11 @@ def load_subject(options: argparse.Namespace) -> Subject:
             "dtype": str(dtype).removeprefix("torch."),
         }
     )
-    model = random_model(options.random, device, dtype) if options.random else _load(options.model, device, dtype)
-    name = f"random {options.random}" if options.random else Path(options.model).name
+    if options.random:
+        name, model = f"random {options.random}", random_model(options.random, device, dtype)
+    else:
+        directory = checkpoints.resolve(options.model)
+        name, model = directory.name, checkpoints.load(directory, dtype=dtype, device=device)
     return Subject(name, model, device, dtype, _DTYPES[options.state_dtype], machine)
 
 
@@ -149,13 +150,6 @@ def numbers(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def print_line(values: dict[str, Any]) -> None:
     print(json.dumps(values), flush=True)
-
-
-def _load(directory: str, device: torch.device, dtype: torch.dtype) -> MambaForCausalLM:
-    model: MambaForCausalLM = MambaForCausalLM.from_pretrained(directory, dtype=dtype)
-    model.to(device)
-    model.eval()
-    return model
 
 
 def _weight_bytes(model: MambaForCausalLM) -> int:
