@@ -18,7 +18,7 @@ SOURCES := app mamba_core tests benchmarks scripts models
 help: ## show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' Makefile
 	@echo
-	@echo "  MODEL=dir-or-hub-id, ARGS=\"flags of the command\", PYTEST_ARGS=\"...\", PYTHON=python3.12, TORCH=auto|cpu|default"
+	@echo "  MODEL=dir-or-hub-id, ARGS=\"flags of the command\", PYTEST_ARGS=\"...\", PYTHON=python3.12, TORCH=auto|cpu|cuda"
 
 # one stamp per extra: a second run does nothing until what is to be installed changes
 $(VENV)/.installed-%: pyproject.toml scripts/bootstrap.py

@@ -41,7 +41,7 @@ def has_nvidia_gpu(root: Path = Path("/")) -> bool:
 
 
 def wants_cpu_wheels(choice: str, platform: str, has_gpu: Callable[[], bool] = has_nvidia_gpu) -> bool:
-    """Whether torch is to come from the CPU index; ``choice`` is auto, cpu or default. macOS has no other build."""
+    """Whether torch is to come from the CPU index; ``choice`` is auto, cpu or cuda. macOS has no other build."""
     if choice == "auto":
         return platform == "linux" and not has_gpu()
     return choice == "cpu"
@@ -118,7 +118,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make the virtual environment and install the project into it.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where (default: .venv of the project)")
     parser.add_argument("--extra", action="append", default=[], help="an extra of pyproject.toml; may be repeated")
-    parser.add_argument("--torch", choices=("auto", "cpu", "default"), default="auto", help="where torch comes from")
+    parser.add_argument("--torch", choices=("auto", "cpu", "cuda"), default="auto", help="which build of torch")
     parser.add_argument("--dependencies-only", action="store_true", help="leave the project itself out")
     return parser.parse_args(arguments)
 

@@ -127,7 +127,7 @@ class TestGpu:
             ("auto", "linux", True, False),
             ("auto", "darwin", False, False),
             ("cpu", "linux", True, True),
-            ("default", "linux", False, False),
+            ("cuda", "linux", False, False),
         ],
     )
     def test_where_torch_comes_from(
