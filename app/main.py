@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Generator
@@ -102,6 +103,7 @@ async def _serve(settings: Settings, make_engine: Callable[[EngineConfig], Manag
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.on_signal)
+        logger.info("starting", extra={"model": settings.model, "pid": os.getpid()})
         try:
             return await server.run()
         finally:

@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "MAMBA_"
+# other programs have variables that begin as ours do, so only a near miss is taken for a mistake
+_NEARLY_OURS = 0.88
 
 
 class SettingsError(Exception):
@@ -242,12 +244,12 @@ def _check_environment() -> None:
     """A variable that is nearly one of ours is a mistake: a misspelt MAMBA_API_KEY would leave the server open."""
     known = [ENV_PREFIX + field.upper() for field in Settings.model_fields]
     for name in os.environ:
-        if name.startswith(ENV_PREFIX) and name not in known and (hint := _suggest(name, known)):
+        if name.startswith(ENV_PREFIX) and name not in known and (hint := _suggest(name, known, _NEARLY_OURS)):
             raise SettingsError(f"unknown environment variable {name}{hint}")
 
 
-def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
+def _suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""
 
 

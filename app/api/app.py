@@ -9,7 +9,7 @@ from starlette.middleware import Middleware
 from app import __version__
 from app.api.context import ServerContext
 from app.api.errors import HttpError, as_request_error, error_response
-from app.api.middleware import ApiKeys, LingeringClose, RequestContext
+from app.api.middleware import ApiKeys, LingeringClose, RequestContext, RootPath
 from app.api.openapi import describe_bodies
 from app.api.routes import completions, models, operations
 from app.serving.errors import RequestError
@@ -30,7 +30,6 @@ def create_app(context: ServerContext) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        root_path=context.settings.root_path,
         middleware=_middleware(context),
         exception_handlers={RequestError: _on_request_error, HTTPException: _on_http_exception},
     )
@@ -47,6 +46,8 @@ def _middleware(context: ServerContext) -> list[Middleware]:
         Middleware(RequestContext, on_answer=context.metrics.on_answer, has_access_log=not settings.disable_access_log),
         Middleware(LingeringClose),
     ]
+    if settings.root_path:
+        layers.insert(0, Middleware(RootPath, root_path=settings.root_path))
     keys = settings.read_api_keys()
     if keys:
         open_paths = OPEN_PATHS if settings.protect_metrics else OPEN_PATHS | {METRICS_PATH}

@@ -78,6 +78,20 @@ class RequestContext:
             access_logger.info(line, extra={"duration_ms": round(seconds * 1000, 1), **notes})
 
 
+class RootPath:
+    """Serves under a prefix, whether the proxy in front cuts it off or not."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["root_path"] = self._root_path
+        if not scope["path"].startswith(self._root_path + "/"):
+            scope["path"] = self._root_path + scope["path"]
+        await self._app(scope, receive, send)
+
+
 class ApiKeys:
     """Answers 401 unless a request carries one of the keys, or its path is one of a fixed list."""
 

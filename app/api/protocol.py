@@ -99,8 +99,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self._is_refused or self.transport.is_closing():
             return
         self._is_refused = True
-        if self.cycle is not None and not self.cycle.response_complete:
-            # a pipelined request is wrong while the one before it is being answered
+        if self.cycle is not None and not self.cycle.response_complete and not self._is_body_broken():
+            # what is wrong came after a request that is still being answered
             self.transport.close()
             return
         body = error_bytes(error)
@@ -111,6 +111,9 @@ class HttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()
+
+    def _is_body_broken(self) -> bool:
+        return self.cycle.more_body and not self.cycle.response_started
 
     def _start_head_timer(self) -> None:
         if self._head_timer is None:

@@ -25,14 +25,19 @@ MODEL = "acme/fox"
 KEY = "sk-right"
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_backend() -> Backend:
     """One token per byte, and an end-of-text token 256."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>"])
-    return Tokenizer(backend)
+    return backend
+
+
+def byte_tokenizer_json() -> str:
+    """What ``tokenizer.json`` holds for it."""
+    return str(byte_backend().to_str())
 
 
 @dataclass
@@ -64,7 +69,7 @@ Serve = Callable[..., AbstractAsyncContextManager[Running]]
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return byte_tokenizer()
+    return Tokenizer(byte_backend())
 
 
 @pytest.fixture
@@ -81,9 +86,9 @@ def serve(engine: FakeEngine, tokenizer: Tokenizer) -> Serve:
         context = make_context(engine, **settings)
         if not is_loading:
             context.open_for_requests(tokenizer)
-        async with listening(context) as port:
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-                yield Running(context, engine, port, client)
+        async with listening(context) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            client.timeout = httpx.Timeout(20)
+            yield Running(context, engine, port, client)
 
     return serve
 
