@@ -28,6 +28,7 @@ _MINIMA = {
     "intermediate_size": 1,
     "time_step_rank": 1,
 }
+_MOST_LAYERS = 100_000
 _FLAGS = (
     "use_bias",
     "use_conv_bias",
@@ -85,7 +86,9 @@ class MambaConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is un
     def __post_init__(self, **kwargs: Any) -> None:
         self._take_aliases(kwargs)
         intermediate_size = kwargs.pop("intermediate_size", None)
-        self._check_integers("hidden_size", "expand")
+        self._check_integers("hidden_size", "expand", "num_hidden_layers")
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {_MOST_LAYERS}, got {self.num_hidden_layers}")
         self.intermediate_size = self.expand * self.hidden_size if intermediate_size is None else intermediate_size
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)

@@ -121,6 +121,7 @@ def test_fields_of_flash_linear_attention_are_kept(tmp_path: Path) -> None:
         ("hidden_size", 32.0),
         ("state_size", 0),
         ("num_hidden_layers", 0),
+        ("num_hidden_layers", 10**9),
         ("expand", 0),
         ("expand", 1.5),
         ("intermediate_size", 0),
