@@ -2,7 +2,7 @@
 
 Every case gets a server of its own, so that no peak hides behind another. Linux only: the peak is the kernel's own.
 
-    python benchmarks/memory.py --model models/mamba-python-15m
+    python -m benchmarks.memory --model models/mamba-python-15m
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -52,20 +51,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def server_command() -> str:
-    beside = Path(sys.executable).with_name("mamba-serve")
-    found = str(beside) if beside.exists() else shutil.which("mamba-serve")
-    if found is None:
-        raise SystemExit("mamba-serve is not installed: pip install -e '.[bench]'")
-    return found
-
-
 @contextmanager
 def server(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
     """A server process that is ready; yields its URL and the process."""
     port = free_port()
-    command = [server_command(), "--model", options.model, "--device", options.device, "--port", str(port)]
-    process = subprocess.Popen([*command, *options.server_args], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "app", "--model", options.model, "--device", options.device, "--port", str(port)]
+    command += ["--log-level", "warning", *options.server_args]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url, process)
