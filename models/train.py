@@ -7,6 +7,7 @@ Every stage can be run alone with ``--stage``; finished stages are kept in the w
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -58,4 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
+    # so that an ordinary kill runs the clean-up, as an interrupt does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

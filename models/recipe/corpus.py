@@ -12,9 +12,7 @@ import platform
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import numpy as np
 
 from models.recipe.licences import has_forbidden_notice
 from models.recipe.sources import Exclusion, Source, SourceFile, find_sources
+from models.recipe.workers import worker_pool
 
 MAX_FILE_BYTES = 1_000_000
 MIN_FILE_BYTES = 200
@@ -103,7 +102,7 @@ def read_all(sources: Sequence[Source], workers: int) -> tuple[list[Document], C
     chunks = [jobs[begin : begin + 64] for begin in range(0, len(jobs), 64)]
     results: Iterable[list[Document | str]]
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with worker_pool(workers) as pool:
             results = list(pool.map(_read_many, chunks))
     else:
         results = map(_read_many, chunks)

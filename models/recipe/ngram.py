@@ -8,15 +8,14 @@ packed into one 48-bit integer, so that counting is sorting.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from models.recipe.corpus import Documents
+from models.recipe.workers import worker_pool
 
 ORDER = 5
 
@@ -116,7 +115,7 @@ def train_ngram(folder: Path, workers: int, chunk_bytes: int = 8_000_000) -> Byt
     bounds = np.searchsorted(offsets, np.linspace(0, offsets[-1], num_chunks + 1)).tolist()
     begins, ends = bounds[:-1], bounds[1:]
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with worker_pool(workers) as pool:
             parts = list(pool.map(_count, [folder] * num_chunks, begins, ends))
     else:
         parts = [_count(folder, begin, end) for begin, end in zip(begins, ends, strict=True)]

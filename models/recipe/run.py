@@ -69,7 +69,11 @@ class Run:
         wanted = self._options.stage
         if wanted in ("all", "prepare"):
             self._prepare()
+        if wanted == "prepare":
+            self._wait_for_baselines(reserved_seconds=0.0)
         if wanted in ("all", "train") and not self._train():
+            # not cooled down, but safe should the machine be lost before the next command
+            self._export()
             return 3
         if wanted in ("all", "train", "export"):
             self._export()
@@ -114,6 +118,15 @@ class Run:
         if self._baselines is not None and self._baselines.poll() is None:
             self._baselines.terminate()
             self._baselines.wait()
+
+    def _wait_for_baselines(self, reserved_seconds: float) -> None:
+        if self._baselines is None:
+            return
+        with stage("wait for the baselines", self._clock):
+            try:
+                self._baselines.wait(timeout=max(1.0, self._clock.remaining - reserved_seconds))
+            except subprocess.TimeoutExpired:
+                say("the baselines take longer than this command may")
 
     def _settings(self) -> TrainSettings:
         options = self._options
@@ -203,9 +216,7 @@ class Run:
         if self._clock.remaining < EVALUATION_SECONDS:
             say("too little time is left to evaluate: run again with --stage evaluate")
             return
-        if self._baselines is not None:
-            with stage("wait for the baselines", self._clock):
-                self._baselines.wait(timeout=max(1.0, self._clock.remaining - EVALUATION_SECONDS))
+        self._wait_for_baselines(EVALUATION_SECONDS)
         with stage("evaluate", self._clock):
             settings = EvaluationSettings(
                 self._corpus, self._model_folder, row_length=self._options.row_length, workers=self._workers

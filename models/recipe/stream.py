@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +20,7 @@ import numpy as np
 from models.recipe.corpus import Documents
 from models.recipe.rows import Rows, build_rows
 from models.recipe.tokenizer import load_tokenizer
+from models.recipe.workers import worker_pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +105,7 @@ class BatchStream:
         self._builder = ShardBuilder(settings)
         self._pool: ProcessPoolExecutor | None = None
         if settings.workers > 0:
-            self._pool = ProcessPoolExecutor(
-                settings.workers,
-                mp_context=get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(settings,),
-            )
+            self._pool = worker_pool(settings.workers, _start_worker, (settings,))
 
     def __enter__(self) -> Self:
         return self

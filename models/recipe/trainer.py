@@ -36,7 +36,7 @@ class TrainSettings:
     checkpoint_seconds: float = 60.0
     validation_seconds: float = 30.0
     log_steps: int = 10
-    pause_margin_seconds: float = 12.0
+    pause_margin_seconds: float = 20.0
 
 
 @dataclass(slots=True)
