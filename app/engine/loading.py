@@ -9,6 +9,7 @@ import torch
 
 from app.engine.config import EngineConfig
 from app.engine.engine import Engine
+from app.engine.interface import EngineStartError
 from app.engine.memory import MemoryTooSmall, choose_max_num_seqs
 from app.engine.request import GenerationRequest, ModelInfo, SamplingParams
 from app.engine.runner import Runner
@@ -18,10 +19,6 @@ DEFAULT_PREFILL_BUDGET = {"cpu": 512, "cuda": 8192}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARM_UP_TOKENS = 32
-
-
-class EngineLoadError(Exception):
-    """The engine cannot be loaded with these settings; the message is one line for the operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ class Placement:
 def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> tuple[Engine, ModelInfo]:
     """Load a checkpoint and warm it up. ``report_checked`` gets its directory before the weights are read.
 
-    Raises EngineLoadError for what the operator can mend.
+    Raises EngineStartError for what the operator can mend.
     """
     try:
         placement = Placement.from_config(config)
@@ -56,7 +53,7 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
         engine, info = build_engine(model, config, placement)
         return engine, replace(info, model_dir=str(model_dir))
     except (checkpoints.CheckpointError, MemoryTooSmall) as error:
-        raise EngineLoadError(str(error)) from error
+        raise EngineStartError(str(error)) from error
 
 
 def build_engine(model: MambaForCausalLM, config: EngineConfig, placement: Placement) -> tuple[Engine, ModelInfo]:
@@ -119,14 +116,14 @@ def _find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise EngineLoadError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
+        raise EngineStartError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
     if device.type not in DEFAULT_PREFILL_BUDGET:
-        raise EngineLoadError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
+        raise EngineStartError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         index = device.index or 0
         if index >= count:
-            raise EngineLoadError(f"there is no device {name}: {count} CUDA devices are visible")
+            raise EngineStartError(f"there is no device {name}: {count} CUDA devices are visible")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
@@ -134,7 +131,7 @@ def _find_device(name: str) -> torch.device:
 
 def _find_dtype(setting: str, name: str) -> torch.dtype:
     if name not in _DTYPES:
-        raise EngineLoadError(f"unknown {setting} {name!r}: use one of {', '.join(_DTYPES)}")
+        raise EngineStartError(f"unknown {setting} {name!r}: use one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 

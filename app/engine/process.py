@@ -16,12 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 import zmq
 
 from app.engine.config import EngineConfig
+from app.engine.interface import EngineStartError
 from app.engine.messages import (
     EXIT_START_FAILED,
     Abort,
@@ -36,10 +37,7 @@ from app.engine.messages import (
     Submit,
     pack_events,
 )
-from app.engine.request import Event, FinishReason, GenerationRequest, ModelInfo, TokenEvent
-
-if TYPE_CHECKING:
-    from app.engine.engine import Engine
+from app.engine.request import EngineStats, Event, FinishReason, GenerationRequest, ModelInfo, TokenEvent
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +47,27 @@ LINGER_MILLISECONDS = 2000
 
 _PR_SET_PDEATHSIG = 1
 
+
+class SteppingEngine(Protocol):
+    """What the process asks of an engine; see ``engine.Engine``, which cannot be imported here."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def submit(self, request: GenerationRequest) -> None: ...
+
+    def abort(self, request_id: str, sample: int | None = None) -> None: ...
+
+    def step(self) -> list[Event]: ...
+
+    def check_integrity(self) -> None: ...
+
+
 # takes the settings and a function that is told the directory of the checkpoint once that has been checked
-Loader = Callable[[EngineConfig, Callable[[str], None]], tuple["Engine", ModelInfo]]
+Loader = Callable[[EngineConfig, Callable[[str], None]], tuple[SteppingEngine, ModelInfo]]
 
 
 class Channel:
@@ -90,7 +107,7 @@ class Channel:
 class Desk:
     """Between commands and the engine: knows the key of every live request."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: SteppingEngine) -> None:
         self._engine = engine
         self._keys: dict[str, int] = {}
         self._num_unfinished: dict[str, int] = {}
@@ -167,13 +184,13 @@ def _serve(channel: Channel, desk: Desk) -> None:
         channel.send(desk.step() if desk.has_work else desk.idle())
 
 
-def _start(config: EngineConfig, report: Callable[[Report], None], load: Loader) -> tuple[Engine, ModelInfo] | None:
+def _start(
+    config: EngineConfig, report: Callable[[Report], None], load: Loader
+) -> tuple[SteppingEngine, ModelInfo] | None:
     """Load the engine, or report in one line why that is impossible."""
-    from app.engine.loading import EngineLoadError
-
     try:
         return load(config, lambda model_dir: report(Checked(model_dir)))
-    except EngineLoadError as error:
+    except EngineStartError as error:
         report(StartFailed(_one_line(str(error))))
     except Exception as error:
         logger.exception("the engine could not be loaded")

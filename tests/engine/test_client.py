@@ -1,0 +1,302 @@
+"""A real engine process behind the client: it generates, aborts, dies, comes back, and never outlives its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from app.engine.client import EngineStream, ProcessEngineClient
+from app.engine.config import EngineConfig
+from app.engine.interface import EngineClient, EngineDied, EngineStartError, EngineStatus, EngineUnavailable
+from app.engine.request import FinishReason
+from mamba_core import MambaConfig, MambaForCausalLM
+from tests.engine.fakes import Transcript, make_request
+from tests.engine.faulty_process import expected_token
+
+pytestmark = pytest.mark.anyio
+
+FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_process.py")))
+ROOT = Path(__file__).parents[2]
+ENDLESS = 1_000_000
+PATIENCE = 30.0
+
+
+def make_client(faults: str = "", max_num_seqs: int = 4, max_restarts: int = 3) -> ProcessEngineClient:
+    config = EngineConfig(faults, max_num_seqs=max_num_seqs, num_threads=1)
+    return ProcessEngineClient(config, command=FAULTY, max_restarts=max_restarts)
+
+
+@asynccontextmanager
+async def ready(client: ProcessEngineClient) -> AsyncIterator[ProcessEngineClient]:
+    """A client whose engine takes requests, stopped at the end whatever happens."""
+    try:
+        await start(client)
+        yield client
+    finally:
+        await client.stop(0)
+        assert client.pid is None
+
+
+async def start(client: ProcessEngineClient) -> None:
+    await client.start()
+    await client.wait_ready()
+
+
+async def collect(*streams: EngineStream) -> Transcript:
+    transcript = Transcript()
+
+    async def follow(stream: EngineStream) -> None:
+        async for events in stream:
+            assert events
+            transcript.add(events)
+
+    await asyncio.wait_for(asyncio.gather(*map(follow, streams)), PATIENCE)
+    return transcript
+
+
+async def until(fact: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not fact():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.01)
+
+
+async def first_events(stream: EngineStream) -> None:
+    assert await asyncio.wait_for(anext(aiter(stream)), PATIENCE)
+
+
+async def test_requests_together_are_answered_as_each_alone() -> None:
+    async with ready(make_client()) as client:
+        requests = [
+            make_request("plain", [3, 4, 5], 7),
+            make_request("many", [9] * 40, 5, n=3, temperature=1.0, seed=4),
+            make_request(
+                "rich", [1, 2, 3, 4], 3, logprobs=2, prompt_logprobs=1, temperature=0.5, logit_bias=((3, 1.5),)
+            ),
+            make_request("prompt", [1, 2, 3], 0, prompt_logprobs=0),
+            make_request("stopped", [3, 4, 5], 7, stop=range(97)),
+        ]
+        together = await collect(*map(client.submit, requests))
+        alone = [await collect(client.submit(request)) for request in requests]
+        assert together.tokens == {key: tokens for one in alone for key, tokens in one.tokens.items()}
+        assert together.tokens["plain", 0] == [expected_token((3, 4, 5), 0, position) for position in range(3, 10)]
+        assert [len(together.tokens["many", sample]) for sample in range(3)] == [5] * 3
+        assert [together.reason(name) for name in ("plain", "prompt", "stopped")] == ["length", "length", "stop"]
+        assert together.ends["stopped", 0].stop_reason == together.tokens["stopped", 0][0]
+        assert [len(piece.logprobs) for piece in together.prompt_slices["rich"]] == [3]
+        assert all(event.logprobs and len(event.logprobs.top) == 2 for event in together.events["rich", 0])
+        await until(lambda: client.stats.num_slots_used == 0)
+        assert client.stats.num_slots == client.info.max_num_seqs == 4
+        assert (client.info.vocab_size, client.info.eos_token_ids, client.model_dir) == (97, (0,), "/scripted")
+
+
+async def test_what_is_closed_or_aborted_frees_its_slots() -> None:
+    async with ready(make_client()) as client:
+        leaver, stayer = (
+            client.submit(make_request("leaver", max_tokens=ENDLESS, n=3)),
+            client.submit(make_request("stayer", max_tokens=ENDLESS)),
+        )
+        waiter = client.submit(make_request("waiter", max_tokens=2, n=3))
+        await first_events(leaver)
+        await until(lambda: client.stats.num_slots_used == 4)
+        client.abort_sample("stayer", 0)
+        stayed = await collect(stayer)
+        assert stayed.reason("stayer") is FinishReason.ABORT
+        await leaver.aclose()
+        await leaver.aclose()
+        assert [events async for events in leaver] == []
+        waited = await collect(waiter)
+        assert [waited.reason("waiter", sample) for sample in range(3)] == [FinishReason.LENGTH] * 3
+        await until(lambda: client.stats.num_slots_used == 0)
+        client.abort_sample("unknown", 0)
+        # the id is free again, and nothing of its former owner arrives
+        again = await collect(client.submit(make_request("leaver", max_tokens=3)))
+        assert len(again.tokens["leaver", 0]) == 3
+
+
+async def test_bad_requests_end_alone_and_signals_are_left_to_the_parent() -> None:
+    async with ready(make_client()) as client:
+        assert client.pid is not None
+        good = client.submit(make_request("good", max_tokens=3000))
+        with pytest.raises(ValueError, match="live already"):
+            client.submit(make_request("good"))
+        bad = [client.submit(make_request("n", n=5)), client.submit(make_request("empty", []))]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(client.pid, number)
+        transcript = await collect(good, *bad)
+        assert len(transcript.tokens["good", 0]) == 3000
+        assert all(transcript.reason("n", sample) is FinishReason.ERROR for sample in range(5))
+        assert "n = 5" in str(transcript.ends["n", 0].error)
+        assert "empty" in str(transcript.ends["empty", 0].error)
+        started = time.monotonic()
+        await client.stop(10)
+        assert time.monotonic() - started < 5
+        with pytest.raises(EngineUnavailable):
+            client.submit(make_request())
+
+
+async def test_a_killed_process_is_noticed_and_started_again() -> None:
+    async with ready(make_client()) as client:
+        stream = client.submit(make_request("long", max_tokens=ENDLESS))
+        await first_events(stream)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(EngineDied, match="SIGKILL"):
+            await collect(stream)
+        assert time.monotonic() - killed < 1
+        assert client.status is EngineStatus.RESTARTING
+        with pytest.raises(EngineUnavailable, match="restarting"):
+            client.submit(make_request())
+        await stream.aclose()
+        await until(lambda: client.status is EngineStatus.READY)
+        assert client.num_restarts == 1
+        assert len((await collect(client.submit(make_request("long")))).tokens["long", 0]) == 4
+
+
+async def test_a_process_that_dies_too_often_is_fatal() -> None:
+    async with ready(make_client("kill_at=3", max_restarts=0)) as client:
+        with pytest.raises(EngineDied):
+            await collect(client.submit(make_request(max_tokens=ENDLESS)))
+        assert client.status is EngineStatus.STOPPED
+        assert "SIGKILL, after 0 restarts within 60 s" in str(client.fatal.result())
+        with pytest.raises(EngineStartError):
+            await client.wait_ready()
+
+
+async def test_a_hang_shows_in_the_heartbeat_and_idleness_does_not() -> None:
+    async with ready(make_client("hang_at=5")) as client:
+        for _ in range(12):
+            await asyncio.sleep(0.1)
+            assert client.heartbeat_age() < 1.0
+        stream = client.submit(make_request(max_tokens=ENDLESS))
+        await first_events(stream)
+        await until(lambda: client.heartbeat_age() > 1.5)
+        assert client.status is EngineStatus.READY
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ("refuse=config.json:+nonsense%0Aon+two+lines", "config.json: nonsense on two lines"),
+        ("crash_load=77", "ended with status 77 while it was loading"),
+    ],
+)
+async def test_a_model_that_cannot_be_loaded_is_a_start_error(faults: str, message: str) -> None:
+    client = make_client(faults)
+    with pytest.raises(EngineStartError) as raised:
+        await start(client)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert client.status is EngineStatus.STOPPED
+    await client.stop(1)
+
+
+async def test_stopping_while_it_loads_takes_no_time() -> None:
+    client = make_client("slow_load=60")
+    await client.start()
+    assert client.status is EngineStatus.STARTING
+    with pytest.raises(EngineUnavailable, match="starting"):
+        client.submit(make_request())
+    with pytest.raises(EngineUnavailable):
+        _ = client.info
+    waiting = asyncio.create_task(client.wait_ready())
+    await asyncio.sleep(1.2)
+    assert client.heartbeat_age() < 1.0, "no beats while loading"
+    started = time.monotonic()
+    await client.stop(30)
+    assert time.monotonic() - started < 2
+    with pytest.raises(EngineUnavailable, match="stopped"):
+        await waiting
+
+
+PARENT = """
+import asyncio, sys
+from app.engine.client import ProcessEngineClient
+from app.engine.config import EngineConfig
+from app.engine.request import GenerationRequest, SamplingParams
+
+async def main():
+    client = ProcessEngineClient(EngineConfig(""), command=sys.argv[1:])
+    await client.start()
+    await client.wait_ready()
+    stream = client.submit(GenerationRequest("r", (1, 2), SamplingParams(), max_tokens=10**9))
+    print(client.pid, flush=True)
+    async for _ in stream:
+        pass
+
+asyncio.run(main())
+"""
+
+
+async def test_no_process_outlives_a_parent_that_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, *FAULTY], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    psutil.wait_procs([child], timeout=5)
+    assert not child.is_running()
+
+
+def save_tiny_checkpoint(directory: Path) -> MambaForCausalLM:
+    torch.manual_seed(5)
+    config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=0)
+    model = MambaForCausalLM(config).eval()
+    model.save_pretrained(directory)
+    return model
+
+
+async def test_a_checkpoint_is_served_by_the_real_process(tmp_path: Path) -> None:
+    model = save_tiny_checkpoint(tmp_path)
+    client = ProcessEngineClient(EngineConfig(str(tmp_path), device="cpu", num_threads=1))
+    as_seen_by_servers: EngineClient = client
+    async with ready(client):
+        prompt = [7, 8, 9, 10, 60]
+        transcript = await collect(client.submit(make_request(prompt=prompt, max_tokens=12)))
+        info = as_seen_by_servers.info
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert transcript.tokens["r", 0] == expected[0, len(prompt) :].tolist()
+    assert (info.model_dir, info.architecture) == (str(tmp_path), "MambaForCausalLM")
+    assert (info.vocab_size, info.num_layers, info.hidden_size) == (61, 2, 16)
+    assert (info.dtype, info.state_dtype, info.device, info.eos_token_ids) == ("float32", "float32", "cpu", (0,))
+    assert info.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert 1 <= info.max_num_seqs <= 64
+
+
+async def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path)
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    client = ProcessEngineClient(EngineConfig(str(tmp_path), device="cpu"))
+    with pytest.raises(EngineStartError) as raised:
+        await start(client)
+    assert weights.name in str(raised.value)
+    assert "Traceback" not in str(raised.value)
+    await client.stop(1)
+
+
+async def test_no_socket_directory_is_left_behind() -> None:
+    before = set(Path(tempfile.gettempdir()).glob("mamba-*"))
+    async with ready(make_client()) as client:
+        (mine,) = {path for path in set(Path(tempfile.gettempdir()).glob("mamba-*")) - before if owned_by(path, client)}
+        assert mine.stat().st_mode & 0o777 == 0o700
+    assert not mine.exists()
+
+
+def owned_by(path: Path, client: ProcessEngineClient) -> bool:
+    assert client.pid is not None
+    return any(str(path) in argument for argument in psutil.Process(client.pid).cmdline())
