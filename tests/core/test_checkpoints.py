@@ -208,6 +208,18 @@ def test_weights_come_in_the_wanted_dtype(dtype: torch.dtype, source: MambaForCa
     assert model.config.dtype == dtype
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_pickle", [False, True])
+def test_weights_arrive_on_the_gpu(is_pickle: bool, source: MambaForCausalLM, saved: Path) -> None:
+    if is_pickle:
+        save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+        (saved / "model.safetensors").unlink()
+    model = checkpoints.load(saved, torch.bfloat16, "cuda", show_progress=False)
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == "cuda", name
+        assert torch.equal(parameter.cpu(), source.get_parameter(name).to(parameter.dtype)), name
+
+
 def test_the_model_does_not_depend_on_the_file_any_more(source: MambaForCausalLM, saved: Path, tokens: Tokens) -> None:
     model = checkpoints.load(saved, show_progress=False)
     size = (saved / "model.safetensors").stat().st_size

@@ -36,14 +36,18 @@ def test_200_greedy_tokens_equal_transformers(
     assert torch.equal(ours, theirs)
 
 
-def test_left_padded_prompts_generate_what_each_alone_does(family: str, tiny_model: Make, tokens: Tokens) -> None:
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+def test_padded_prompts_generate_what_each_alone_does(family: str, side: str, tiny_model: Make, tokens: Tokens) -> None:
     model = spread(tiny_model(family, tie_word_embeddings=False))
     input_ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.int64)
-    mask[1, :5], mask[2, :11] = 0, 0
-    together = model.generate(input_ids, attention_mask=mask, max_new_tokens=30, **GREEDY)
     for row, padding in enumerate((0, 5, 11)):
-        alone = model.generate(input_ids[row : row + 1, padding:], max_new_tokens=30, **GREEDY)
-        assert torch.equal(together[row, 12:], alone[0, 12 - padding :])
+        begin = {"left": 0, "right": 12 - padding, "inside": 1}[side]
+        mask[row, begin : begin + padding] = 0
+    together = model.generate(input_ids, attention_mask=mask, max_new_tokens=30, **GREEDY)
+    for row in range(3):
+        prompt = input_ids[row : row + 1, mask[row].bool()]
+        alone = model.generate(prompt, max_new_tokens=30, **GREEDY)
+        assert torch.equal(together[row, 12:], alone[0, prompt.shape[1] :])
 
 
 def test_decoding_feeds_one_column_and_no_mask(
@@ -85,7 +89,7 @@ def test_a_conversation_goes_on_from_its_cache(name: str, tiny_model: Make, toke
 def test_prefill_in_chunks(tiny_model: Make, tokens: Tokens) -> None:
     model = spread(tiny_model(tie_word_embeddings=False))
     input_ids, mask = tokens(2, 11), torch.ones(2, 11, dtype=torch.int64)
-    mask[1, :6] = 0
+    mask[1, 2:6] = 0
     arguments = {"attention_mask": mask, "max_new_tokens": 8} | GREEDY
     cache = MambaCache.from_config(model.config, 2, dtype=model.dtype)
     chunked = model.generate(input_ids, past_key_values=cache, prefill_chunk_size=4, **arguments)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from mamba_core import MambaCache, MambaForCausalLM
+from mamba_core import FalconMambaConfig, MambaCache, MambaConfig, MambaForCausalLM
 from mamba_core.ops import Packing
 
 Make = Callable[..., MambaForCausalLM]
@@ -27,8 +30,8 @@ def _no_grad() -> Any:
         yield
 
 
-def new_cache(model: MambaForCausalLM, num_slots: int) -> MambaCache:
-    return MambaCache.from_config(model.config, num_slots, dtype=model.dtype)
+def new_cache(model: MambaForCausalLM, num_slots: int, device: str = "cpu") -> MambaCache:
+    return MambaCache.from_config(model.config, num_slots, dtype=model.dtype, device=device)
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -225,6 +228,8 @@ def test_logits_to_keep(tiny_model: Make, tokens: Tokens) -> None:
     assert error(model(input_ids, logits_to_keep=1).logits, whole[:, -1:]) <= 1e-5
     assert error(model(input_ids, logits_to_keep=3).logits, whole[:, -3:]) <= 1e-5
     assert error(model(input_ids, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]]) <= 1e-5
+    each = model(input_ids, logits_to_keep=torch.tensor([[6], [2]])).logits
+    assert error(each, torch.stack([whole[0, 6:], whole[1, 2:3]])) <= 1e-5
 
 
 def test_low_precision_keeps_residual_states_and_logits_in_fp32(tiny_model: Make, tokens: Tokens) -> None:
@@ -312,3 +317,116 @@ def test_the_kept_A_is_not_part_of_the_model(tiny_model: Make, tokens: Tokens) -
         "A_log", "D", "conv1d.weight", "conv1d.bias", "in_proj.weight", "x_proj.weight",
         "dt_proj.weight", "dt_proj.bias", "out_proj.weight",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "num_parameters"),
+    [
+        ("mamba", {"hidden_size": 768, "num_hidden_layers": 24}, 129_135_360),
+        ("mamba", {"hidden_size": 2560, "num_hidden_layers": 64}, 2_768_345_600),
+        (
+            "falcon_mamba",
+            {
+                "hidden_size": 4096,
+                "num_hidden_layers": 64,
+                "expand": 16,
+                "intermediate_size": 8192,
+                "vocab_size": 65024,
+                "tie_word_embeddings": False,
+            },
+            7_272_665_088,
+        ),
+    ],
+    ids=["mamba-130m", "mamba-2.8b", "falcon-mamba-7b"],
+)
+def test_published_models_have_their_published_sizes(family: str, sizes: dict[str, Any], num_parameters: int) -> None:
+    config = {"mamba": MambaConfig, "falcon_mamba": FalconMambaConfig}[family](**sizes)
+    with torch.device("meta"):
+        model = MambaForCausalLM(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+
+
+def test_embeddings_can_be_resized(tiny_model: Make, tokens: Tokens) -> None:
+    model, input_ids = tiny_model(), tokens(1, 5)
+    before = model(input_ids).logits
+    model.resize_token_embeddings(100, mean_resizing=False)
+    after = model(input_ids).logits
+    assert after.shape == (1, 5, 100)
+    assert error(after[..., :97], before) <= 1e-5
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.config.vocab_size == 100
+
+
+def test_a_copy_does_not_share_anything(tiny_model: Make, tokens: Tokens) -> None:
+    model, input_ids = tiny_model(), tokens(1, 5)
+    before = model(input_ids).logits
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.zero_()
+    assert torch.equal(model(input_ids).logits, before)
+    assert twin(input_ids).logits.count_nonzero() == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_order_of_packed_chunks_equals_whole_sequences(data: st.DataObject) -> None:
+    """Three sequences in shuffled slots, fed in calls that take any number of tokens from any of them."""
+    with torch.no_grad():
+        model = _model_of_the_property_test()
+        lengths = data.draw(st.lists(st.integers(1, 12), min_size=3, max_size=3))
+        slots = data.draw(st.permutations(range(4)))[:3]
+        rows = [torch.randint(0, 97, (length,)) for length in lengths]
+        cache, fed = new_cache(model, 4), [0, 0, 0]
+        outputs: list[list[Tensor]] = [[], [], []]
+        while any(done < length for done, length in zip(fed, lengths, strict=True)):
+            takes = [data.draw(st.integers(0, length - done)) for done, length in zip(fed, lengths, strict=True)]
+            if not any(takes):
+                takes = [min(1, length - done) for done, length in zip(fed, lengths, strict=True)]
+            order = data.draw(st.permutations([row for row in range(3) if takes[row] or row % 2]))
+            parts = [rows[row][fed[row] : fed[row] + takes[row]] for row in order]
+            packing = Packing.from_lengths([len(part) for part in parts], torch.tensor([slots[row] for row in order]))
+            hidden = model.forward_packed(torch.cat(parts), packing, cache)
+            for row, piece in zip(order, hidden.split([len(part) for part in parts]), strict=True):
+                outputs[row].append(piece)
+                fed[row] += len(piece)
+        for row, pieces in zip(rows, outputs, strict=True):
+            assert error(model.compute_logits(torch.cat(pieces)), model(row[None]).logits[0]) <= 1e-5
+
+
+def _model_of_the_property_test() -> MambaForCausalLM:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
+    return MambaForCausalLM(config).eval()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_gpu_gives_the_logits_of_a_cpu(family: str, is_padded: bool, tiny_model: Make, tokens: Tokens) -> None:
+    model, input_ids = tiny_model(family), tokens(3, 70)
+    mask = torch.ones(3, 70, dtype=torch.int64)
+    if is_padded:
+        mask[1, :30], mask[2, 5:60:3] = 0, 0
+    expected = model(input_ids, attention_mask=mask, output_hidden_states=True)
+    model, input_ids, mask = model.cuda(), input_ids.cuda(), mask.cuda()
+    whole = model(input_ids, attention_mask=mask, output_hidden_states=True)
+    assert error(whole.logits.cpu(), expected.logits) <= TOLERANCE
+    for a, b in zip(whole.hidden_states, expected.hidden_states, strict=True):
+        assert error(a.cpu(), b) <= TOLERANCE
+    cache, logits = new_cache(model, 3, "cuda"), []
+    for begin, end in ((0, 33), (33, 34), (34, 70)):
+        part = model(input_ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+        logits.append(part.logits.cpu())
+    assert error(torch.cat(logits, dim=1), expected.logits) <= TOLERANCE
+
+
+@pytest.mark.gpu
+def test_without_padding_nothing_waits_for_the_gpu(family: str, tiny_model: Make, tokens: Tokens) -> None:
+    model, input_ids = tiny_model(family).cuda(), tokens(2, 9).cuda()
+    model(input_ids, labels=input_ids)
+    model(input_ids[:, :1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = model(input_ids, labels=input_ids)
+        model(input_ids[:, :1], past_key_values=output.past_key_values)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

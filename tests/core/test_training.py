@@ -223,3 +223,30 @@ def test_constant_dt_weights() -> None:
     )
     weight = model.backbone.layers[0].mixer.dt_proj.weight
     assert torch.equal(weight, torch.full_like(weight, 3.0 * 2**-0.5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_checkpointing", [False, True])
+def test_gradients_on_a_gpu_equal_those_on_a_cpu(
+    family: str, use_checkpointing: bool, tiny_model: Make, tokens: Tokens
+) -> None:
+    model, input_ids = tiny_model(family), tokens(3, 65)
+    mask = torch.ones(3, 65, dtype=torch.int64)
+    mask[1, :20] = 0
+    expected = gradients(model, input_ids, attention_mask=mask)
+    model.cuda()
+    set_checkpointing(model, use_checkpointing)
+    value, found = gradients(model, input_ids.cuda(), attention_mask=mask.cuda())
+    assert_equal((value, {name: gradient.cpu() for name, gradient in found.items()}), expected, 1e-3)
+
+
+@pytest.mark.gpu
+def test_training_in_mixed_precision_on_a_gpu(tiny_model: Make, tokens: Tokens) -> None:
+    model, input_ids = tiny_model().cuda(), tokens(4, 64).cuda()
+    exact = gradients(model, input_ids)
+    with torch.autocast("cuda", torch.bfloat16):
+        mixed = gradients(model, input_ids)
+    assert mixed[0] == pytest.approx(exact[0], rel=0.02)
+    for name, expected in exact[1].items():
+        cosine = F.cosine_similarity(mixed[1][name].flatten(), expected.flatten(), dim=0)
+        assert cosine > 0.98, name
