@@ -19,6 +19,7 @@ from app.engine.request import GenerationRequest, TokenLogprobs
 from app.schemas.completions import Completion
 from app.serving.completions import CompletionService
 from app.serving.errors import RequestError, ServerFailure, Unavailable
+from app.serving.logprobs import LogprobEntry, logprobs_object
 from app.serving.parsing import parse_completion_request
 from app.serving.prepared import PreparedCompletion
 from app.serving.tokenizer import Tokenizer
@@ -174,6 +175,14 @@ async def test_a_stop_string_ends_one_sample_alone(service: CompletionService, e
     assert [sample for _, sample in engine.aborted] == [0]
 
 
+async def test_a_stop_string_that_ends_with_the_last_token_aborts_nothing(
+    service: CompletionService, engine: FakeEngine
+) -> None:
+    (choice,) = (await complete(service, stop="dog", max_tokens=2))["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("the ", "stop")
+    assert not engine.aborted
+
+
 async def test_a_held_back_end_is_given_in_the_end(service: CompletionService, engine: FakeEngine) -> None:
     engine.script = says("a fox")
     assert (await complete(service, stop="foxes"))["choices"][0]["text"] == "a fox"
@@ -212,6 +221,14 @@ async def test_minus_infinity_and_a_drawn_token_beyond_the_likeliest(
     text_of = TOKENIZERS["byte_level"].id_to_token_text
     assert choice["logprobs"]["token_logprobs"] == [-9999.0]
     assert choice["logprobs"]["top_logprobs"] == [{text_of(5): -0.1, text_of(6): -9999.0}]
+
+
+def test_of_tokens_that_look_alike_the_likeliest_is_shown() -> None:
+    tokenizer = TOKENIZERS["byte_fallback"]
+    (letter,) = (token for token in range(259, tokenizer.vocab_size) if tokenizer.id_to_token_text(token) == "a")
+    byte = 3 + ord("a")
+    entry = LogprobEntry(byte, 0, TokenLogprobs(-3.0, ((letter, -0.1), (byte, -3.0))))
+    assert logprobs_object([entry], tokenizer, 1)["top_logprobs"] == [{"a": -0.1}]
 
 
 async def test_scoring_a_prompt(service: CompletionService) -> None:
@@ -283,7 +300,9 @@ async def test_usage_in_streams(service: CompletionService) -> None:
     kind=st.sampled_from(sorted(TOKENIZERS)),
     prompt=st.text("ab \u20ac\U0001f642", min_size=1, max_size=5)
     | st.lists(st.integers(3, 290), min_size=1, max_size=5),
-    outputs=st.lists(st.lists(st.integers(0, 290), max_size=12), min_size=1, max_size=3),
+    outputs=st.lists(
+        st.lists(st.integers(0, 290), max_size=12) | st.text("ab \u20ac", max_size=12), min_size=1, max_size=3
+    ),
     stops=st.lists(st.text("ab \u20ac\ufffd", min_size=1, max_size=3), max_size=3),
     burst=st.integers(1, 4),
     logprobs=st.none() | st.integers(0, 2),
@@ -295,7 +314,7 @@ async def test_usage_in_streams(service: CompletionService) -> None:
 def test_a_stream_amounts_to_the_whole_answer(
     kind: str,
     prompt: str | list[int],
-    outputs: list[list[int]],
+    outputs: list[list[int] | str],
     stops: list[str],
     burst: int,
     logprobs: int | None,
@@ -305,7 +324,9 @@ def test_a_stream_amounts_to_the_whole_answer(
     twice: bool,
 ) -> None:
     tokenizer = TOKENIZERS[kind]
-    engine = FakeEngine(make_info(tokenizer.vocab_size, (max(tokenizer.special_ids),)), lambda _, k: outputs[k])
+    eos = max(tokenizer.special_ids)
+    scripts = [tokenizer.encode(output) if isinstance(output, str) else output for output in outputs]
+    engine = FakeEngine(make_info(tokenizer.vocab_size, (eos,)), lambda _, k: scripts[k])
     service = CompletionService(engine, tokenizer, ["fox"])
     prompts = [prompt, prompt] if twice else prompt
     fields = {
@@ -335,6 +356,10 @@ def test_a_stream_amounts_to_the_whole_answer(
             assert choice["text"][start:] == text
             assert choice["stop_reason"] == stop
         check_offsets(choice)
+        if kind == "byte_level" and isinstance(prompt, str) and not include:
+            script = scripts[choice["index"] % len(scripts)][:10]
+            ids = script[: script.index(eos)] if eos in script else script
+            assert full["text"][start:] == tokenizer.decode(ids)
 
 
 def check_offsets(choice: dict[str, Any]) -> None:
@@ -437,9 +462,10 @@ async def test_a_stream_that_was_never_read_frees_its_rows(service: CompletionSe
 
 @pytest.mark.parametrize("prompt", ["the dog", ["the dog", "a fox"]])
 async def test_a_stream_left_early_frees_its_rows(service: CompletionService, engine: FakeEngine, prompt: Any) -> None:
-    stream = service.stream(prepare(service, prompt=prompt, max_tokens=10**6))
+    stream = service.stream(prepare(service, prompt=prompt, max_tokens=10**9))
     await anext(stream)
-    await stream.aclose()
+    with anyio.fail_after(5):
+        await stream.aclose()
     assert not engine.live
     with pytest.raises(StopAsyncIteration):
         await anext(stream)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,13 +97,19 @@ def test_special_tokens_are_skipped_or_shown(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(TOKENIZERS))
-@pytest.mark.parametrize("junk", ["broken", "unknown"])
-def test_the_cost_of_a_token_does_not_grow(kind: str, junk: str) -> None:
+@pytest.mark.parametrize("junk", ["broken", "unknown", "none"])
+def test_no_token_is_looked_at_for_long(kind: str, junk: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = TOKENIZERS[kind]
-    token = BYTE_IDS[kind][0x80] if junk == "broken" else tokenizer.vocab_size + 1
+    lengths = [0]
+
+    def decode(self: Tokenizer, ids: list[int], **options: bool) -> str:
+        lengths.append(len(ids))
+        return original(self, ids, **options)
+
+    original = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    tokens = {"broken": BYTE_IDS[kind][0x80], "unknown": tokenizer.vocab_size + 1, "none": BYTE_IDS[kind][0x61]}
     detokenizer = make_detokenizer(tokenizer, (), skip_special_tokens=True)
-    started = time.perf_counter()
-    shown = "".join(detokenizer.push(token) for _ in range(20_000)) + detokenizer.flush()
-    assert time.perf_counter() - started < 10
-    assert set(shown) <= {REPLACEMENT}
-    assert (len(shown) > 0) == (junk == "broken")
+    shown = "".join(detokenizer.push(tokens[junk]) for _ in range(1000)) + detokenizer.flush()
+    assert max(lengths) <= 32
+    assert shown == {"broken": REPLACEMENT * 1000, "unknown": "", "none": "a" * 1000}[junk]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,17 @@ def test_one_token_as_text(byte_level: Tokenizer, byte_fallback: Tokenizer) -> N
     ]
     assert byte_fallback.token_bytes is None
     assert byte_fallback.id_to_token_text(1) == "<s>"
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level: Tokenizer) -> None:
+    thread = threading.Thread(target=byte_level.encode, args=("e\u0301" * 200_000,))
+    thread.start()
+    num_turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        num_turns += 1
+    # with the interpreter lock held throughout there would be one or two
+    assert num_turns >= 10
 
 
 def test_a_directory_with_one_file(tmp_path: Path, byte_level: Tokenizer) -> None:
