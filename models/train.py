@@ -37,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     data.add_argument("--packages", default="", help="only these distributions, comma separated")
     data.add_argument("--heldout-per-10000", type=int, default=100)
     data.add_argument("--vocab-size", type=int, default=8192)
-    data.add_argument("--tokenizer-bytes", type=int, default=60_000_000, help="sample the tokenizer is trained on")
+    data.add_argument("--tokenizer-bytes", type=int, default=40_000_000, help="sample the tokenizer is trained on")
     model = parser.add_argument_group("model and optimization")
     model.add_argument("--hidden-size", type=int, default=384)
     model.add_argument("--layers", type=int, default=12)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -49,7 +50,7 @@ class Bar:
         self._name = name
         self._interval_seconds = interval_seconds
         self._last_line = float("-inf")
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         if sys.stdout.isatty():
             self._bar = tqdm(
                 total=1000, desc=name, unit="permille", bar_format="{desc}: {percentage:3.0f}%|{bar}|{postfix}"

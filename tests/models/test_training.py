@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import models.train
-from models.recipe.evaluate import batches_by_length
-from models.recipe.export import pack, unpack
+from models.recipe.evaluate import batches_by_length, load_exported
+from models.recipe.export import export_model, pack, unpack
 from models.recipe.model import mean_loss, new_config, new_model, token_losses
 from models.recipe.progress import Clock
 from models.recipe.schedule import Budget, Schedule
@@ -131,6 +131,46 @@ def test_an_update_that_is_not_finite_is_left_out(tiny_run: TinyRun, tmp_path: P
     run_to(trainer, 1_000)
 
     assert all(torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_lowers_the_loss_in_bf16(tiny_run: TinyRun, tmp_path: Path) -> None:
+    model = tiny_model().cuda()
+    trainer = Trainer(model, settings_of(tiny_run), Progress(Budget(steps=40)), tmp_path)
+
+    assert run_to(trainer, 1_000)
+    assert trainer.progress.log[-1]["loss"] < trainer.progress.log[0]["loss"] - 0.5
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_bf16_autocast_stays_near_fp32() -> None:
+    model = tiny_model()
+    tokens = torch.randint(0, 512, (3, 33))
+    exact = mean_loss(model, tokens)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = mean_loss(model, tokens)
+    torch.autograd.backward(rounded)
+
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=1e-2)
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_shards_are_even_and_keep_the_recurrence_exact(tmp_path: Path) -> None:
+    model = new_model(new_config(vocab_size=8192, hidden_size=384, num_layers=12), 0, CPU)
+
+    export_model(model, tmp_path)
+    loaded = load_exported(tmp_path, CPU)
+
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+    assert len(sizes) <= 4
+    assert max(sizes) < 15_000_000
+    assert sum(sizes) < 32_000_000
+    assert torch.equal(loaded.backbone.layers[3].mixer.A_log, model.backbone.layers[3].mixer.A_log)
+    embeddings = model.get_input_embeddings().weight
+    assert torch.equal(loaded.get_input_embeddings().weight, embeddings.bfloat16().float())
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_losses_agree_with_the_models_own() -> None:
