@@ -166,6 +166,17 @@ def test_names_of_a_bare_backbone(source: MambaForCausalLM, saved: Path, tokens:
     assert_same(checkpoints.load(saved, show_progress=False), source, tokens)
 
 
+def test_converted_files_that_kept_the_papers_keys_are_transformers(
+    source: MambaForCausalLM, saved: Path, tokens: Tokens
+) -> None:
+    leftovers = {"d_model": 32, "n_layer": 2, "d_inner": 160, "ssm_cfg": {}, "rms_norm": True, "fused_add_norm": True}
+    raw = json.loads((saved / "config.json").read_text()) | leftovers
+    del raw["tie_word_embeddings"]
+    write_json(saved, raw)
+    assert checkpoints.inspect(saved).layout is Layout.MAMBA
+    assert_same(checkpoints.load(saved, show_progress=False), source, tokens)
+
+
 def test_settings_of_the_papers_layout(tiny_model: Make, tokens: Tokens, tmp_path: Path) -> None:
     source = tiny_model(
         vocab_size=104, state_size=4, conv_kernel=3, expand=3, time_step_rank=5, use_bias=True, use_conv_bias=False,
