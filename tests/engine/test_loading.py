@@ -1,0 +1,70 @@
+"""From settings to an engine: what the settings say happens, and what cannot be is told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.engine.config import EngineConfig
+from app.engine.interface import EngineStartError
+from app.engine.loading import load_engine
+from mamba_core import MambaConfig, MambaForCausalLM
+from tests.engine.fakes import make_request, run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(2)
+    config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=7)
+    model = MambaForCausalLM(config)
+    model.generation_config.eos_token_id = [7, 9]
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_settings_reach_the_engine(checkpoint: Path) -> None:
+    checked: list[str] = []
+    config = EngineConfig(
+        str(checkpoint), dtype="bfloat16", state_dtype="bfloat16", device="cpu", max_num_seqs=3, prefill_budget=5
+    )
+    engine, info = load_engine(config, checked.append)
+    assert checked == [info.model_dir] == [str(checkpoint)]
+    assert (info.dtype, info.state_dtype, info.device, info.max_num_seqs) == ("bfloat16", "bfloat16", "cpu", 3)
+    # 2 layers of 32 channels, each with 4 states and 3 taps of 2 bytes
+    assert info.state_bytes_per_seq == 2 * 32 * (4 + 3) * 2
+    assert info.eos_token_ids == (7, 9)
+    assert engine.stats.num_steps == 0
+    assert engine.stats.num_slots == 3
+    engine.submit(make_request(prompt=[1] * 20))
+    engine.step()
+    assert engine.stats.last_step_prefill_tokens == 5
+    assert len(run(engine).tokens["r", 0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
+        ({"device": "cuda:77"}, "no device cuda:77"),
+        ({"dtype": "int8"}, "unknown dtype 'int8': use one of float32"),
+        ({"state_dtype": "double"}, "unknown state_dtype 'double'"),
+        ({"model": "/nowhere/at/all"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_one_line(checkpoint: Path, changes: dict[str, str], message: str) -> None:
+    config = EngineConfig(**({"model": str(checkpoint), "device": "cpu"} | changes))  # type: ignore[arg-type]
+    with pytest.raises(EngineStartError, match=message):
+        load_engine(config, lambda _: None)
+
+
+def test_threads_are_set(checkpoint: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        load_engine(EngineConfig(str(checkpoint), device="cpu", max_num_seqs=1, num_threads=2), lambda _: None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
