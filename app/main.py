@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import uvicorn
 import uvloop
+from prometheus_client import disable_created_metrics
 
 from app.api import Phase, ServerContext, create_app
 from app.api.protocol import ConnectionLimits, HttpProtocol
@@ -31,6 +32,7 @@ EXIT_FAILED = 1
 
 _KEEP_ALIVE_SECONDS = 75
 _LAST_WORDS_SECONDS = 1.0
+_STOP_SECONDS = 2.0
 _BACKLOG = 2048
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class ManagedEngine(EngineClient, Protocol):
 def run(settings: Settings, make_engine: Callable[[EngineConfig], ManagedEngine] | None = None) -> int:
     """Serve until a signal or a failure; the result is the exit code."""
     configure(settings.log_format, settings.log_level, settings.uvicorn_log_level)
+    disable_created_metrics()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_serve(settings, make_engine or _process_engine))
@@ -107,7 +110,7 @@ async def _serve(settings: Settings, make_engine: Callable[[EngineConfig], Manag
         try:
             return await server.run()
         finally:
-            await engine.stop(0)
+            await engine.stop(_STOP_SECONDS)
 
 
 def _process_engine(config: EngineConfig) -> ManagedEngine:

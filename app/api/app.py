@@ -9,14 +9,14 @@ from starlette.middleware import Middleware
 from app import __version__
 from app.api.context import ServerContext
 from app.api.errors import HttpError, as_request_error, error_response
-from app.api.middleware import ApiKeys, LingeringClose, RequestContext, RootPath
+from app.api.middleware import PROBE_PATHS, ApiKeys, LingeringClose, RequestContext, RootPath
 from app.api.openapi import describe_bodies
 from app.api.routes import completions, models, operations
 from app.serving.errors import RequestError
 
-# paths that need no key; everything else does, what does not exist included
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 METRICS_PATH = "/metrics"
+# paths that need no key; everything else does, what does not exist included
+OPEN_PATHS = PROBE_PATHS - {METRICS_PATH}
 
 _DESCRIPTION = "Mamba language models behind OpenAI's API. Errors of every route have the same body."
 

@@ -19,6 +19,8 @@ from app.api.errors import HttpError, as_request_error, error_response
 from app.api.open_requests import ClientGone
 from app.logging import bind_request
 
+# asked every few seconds, so that the log tells of them only when they fail
+PROBE_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 # what log and metrics call the status of an answer that nobody waited for
 STATUS_CLIENT_GONE = 499
 
@@ -75,7 +77,8 @@ class RequestContext:
         self._on_answer(route or "other", scope["method"] if route else "other", status)
         if self._has_access_log:
             line = f"{scope['method']} {scope['path'][:_MAX_PATH_CHARACTERS]} {status}"
-            access_logger.info(line, extra={"duration_ms": round(seconds * 1000, 1), **notes})
+            level = logging.DEBUG if route in PROBE_PATHS and status == 200 else logging.INFO
+            access_logger.log(level, line, extra={"duration_ms": round(seconds * 1000, 1), **notes})
 
 
 class RootPath:

@@ -102,9 +102,12 @@ async def test_the_access_log(serve: Serve, caplog: pytest.LogCaptureFixture) ->
         await server.client.get("/x%0aforged")
         (record,) = [record for record in caplog.records if record.name == "app.access"]
         assert "\n" not in ConsoleFormatter().format(record)
+        caplog.clear()
+        await server.client.get("/readyz")
+        assert not [record for record in caplog.records if record.name == "app.access"]
     async with serve(disable_access_log=True) as server:
         caplog.clear()
-        await server.client.get("/livez")
+        await server.client.get("/version")
         assert not [record for record in caplog.records if record.name == "app.access"]
 
 

@@ -8,8 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,80 +17,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import byte_tokenizer_json
-
-ROOT = Path(__file__).parents[2]
-
-
-class Process:
-    """A server program, its output, and a client for it."""
-
-    def __init__(self, plan: dict[str, Any], directory: Path) -> None:
-        self.stopped = directory / "stopped"
-        plan["stopped"] = str(self.stopped)
-        command = [sys.executable, "-m", "tests.api.fake_server", json.dumps(plan)]
-        self.popen = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        self.url = f"http://127.0.0.1:{plan['settings']['port']}"
-        self.ready_text = ""
-
-    def wait_ready(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            self.ready_text += line
-            if line.startswith("try:"):
-                return
-        raise AssertionError(self.ready_text + self.popen.communicate()[1])
-
-    def signal(self, number: int = signal.SIGTERM) -> None:
-        self.popen.send_signal(number)
-
-    def wait(self, seconds: float) -> tuple[int, str]:
-        """Exit code and what went to stderr."""
-        _, errors = self.popen.communicate(timeout=seconds)
-        return self.popen.returncode, errors
-
-    def status(self, path: str) -> int:
-        """Status of a GET; 0 when the connection is refused."""
-        try:
-            return httpx.get(self.url + path).status_code
-        except httpx.ConnectError:
-            return 0
-
-    def open_stream(self, max_tokens: int) -> Stream:
-        return Stream(self.url, max_tokens)
-
-
-class Stream(threading.Thread):
-    """Reads one streamed completion in the background."""
-
-    def __init__(self, url: str, max_tokens: int) -> None:
-        super().__init__()
-        self._request = {"prompt": "hello", "max_tokens": max_tokens, "stream": True}
-        self._url = url
-        self.events: list[str] = []
-        self.error: Exception | None = None
-        self.has_begun = threading.Event()
-        self.start()
-        assert self.has_begun.wait(10)
-
-    def run(self) -> None:
-        try:
-            with httpx.stream("POST", f"{self._url}/v1/completions", json=self._request, timeout=20) as response:
-                for line in response.iter_lines():
-                    if line:
-                        self.events.append(line.removeprefix("data: "))
-                        self.has_begun.set()
-        except httpx.HTTPError as error:
-            self.error = error
-            self.has_begun.set()
-
-    def finish(self) -> list[str]:
-        """All events; the stream ended without being cut."""
-        self.join(20)
-        assert self.error is None
-        assert self.events[-1] == "[DONE]"
-        return self.events
+from tests.api.processes import Process, free_port, lines_of, wait_for
 
 
 @pytest.fixture
@@ -109,23 +34,17 @@ def start(model_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
     def start(plan: dict[str, Any] | None = None, **settings: Any) -> Process:
         chosen = {"model": str(model_dir), "port": free_port(), **settings}
-        process = Process({**(plan or {}), "settings": chosen}, tmp_path)
+        told = {**(plan or {}), "settings": chosen, "stopped": str(tmp_path / "stopped")}
+        process = Process(["-m", "tests.api.fake_server", json.dumps(told)], chosen["port"])
         processes.append(process)
         return process
 
     yield start
     for process in processes:
-        if process.popen.poll() is None:
-            process.popen.kill()
-        process.popen.communicate()
+        process.kill()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
-
-
-def test_the_ready_line_can_be_pasted(start: Callable[..., Process]) -> None:
+def test_the_ready_line_can_be_pasted(start: Callable[..., Process], tmp_path: Path) -> None:
     process = start()
     process.wait_ready()
     assert "slots: 8 x" in process.ready_text
@@ -139,7 +58,7 @@ def test_the_ready_line_can_be_pasted(start: Callable[..., Process]) -> None:
     code, errors = process.wait(5)
     assert code == 0
     assert "Traceback" not in errors
-    assert process.stopped.read_text().startswith("stopped with 0 live")
+    assert (tmp_path / "stopped").read_text().startswith("stopped with 0 live")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -173,7 +92,7 @@ def test_the_port_stays_open_for_the_drain_delay(start: Callable[..., Process]) 
     assert 1.4 < time.monotonic() - started < 3
 
 
-def test_the_drain_has_an_end(start: Callable[..., Process]) -> None:
+def test_the_drain_has_an_end(start: Callable[..., Process], tmp_path: Path) -> None:
     process = start({"delay": 0.02}, shutdown_timeout=0.5)
     process.wait_ready()
     streams = [process.open_stream(10**6) for _ in range(4)]
@@ -184,10 +103,10 @@ def test_the_drain_has_an_end(start: Callable[..., Process]) -> None:
         assert json.loads(events[-2])["error"]["type"] == "service_unavailable_error"
     assert process.wait(3)[0] == 0
     assert time.monotonic() - started < 2
-    assert process.stopped.read_text().startswith("stopped with 0 live")
+    assert (tmp_path / "stopped").read_text().startswith("stopped with 0 live")
 
 
-def test_a_second_signal_ends_it_now(start: Callable[..., Process]) -> None:
+def test_a_second_signal_ends_it_now(start: Callable[..., Process], tmp_path: Path) -> None:
     process = start({"delay": 0.02}, drain_delay=60)
     process.wait_ready()
     stream = process.open_stream(10**6)
@@ -197,7 +116,7 @@ def test_a_second_signal_ends_it_now(start: Callable[..., Process]) -> None:
     code, _ = process.wait(2)
     assert code == 1
     assert "error" in json.loads(stream.finish()[-2])
-    assert process.stopped.exists()
+    assert (tmp_path / "stopped").exists()
 
 
 def test_a_lost_engine_ends_streams_and_process(start: Callable[..., Process]) -> None:
@@ -212,7 +131,7 @@ def test_a_lost_engine_ends_streams_and_process(start: Callable[..., Process]) -
     assert "error" in json.loads(stream.finish()[-2])
 
 
-def test_while_the_model_loads(start: Callable[..., Process]) -> None:
+def test_while_the_model_loads(start: Callable[..., Process], tmp_path: Path) -> None:
     process = start({"start_seconds": 0.5, "load_seconds": 30})
     assert process.status("/livez") == 0
     wait_for(lambda: process.status("/livez") == 200)
@@ -225,16 +144,16 @@ def test_while_the_model_loads(start: Callable[..., Process]) -> None:
     process.signal()
     assert process.wait(3)[0] == 0
     assert time.monotonic() - started < 2
-    assert process.stopped.exists()
+    assert (tmp_path / "stopped").exists()
 
 
-def test_a_signal_before_the_port_opens(start: Callable[..., Process]) -> None:
+def test_a_signal_before_the_port_opens(start: Callable[..., Process], tmp_path: Path) -> None:
     process = start({"start_seconds": 60})
     assert process.popen.stderr is not None
     assert "starting" in process.popen.stderr.readline()
     process.signal()
     assert process.wait(3)[0] == 0
-    assert process.stopped.exists()
+    assert (tmp_path / "stopped").exists()
 
 
 @pytest.mark.parametrize("when", ["start_error", "load_error"])
@@ -271,25 +190,15 @@ def test_a_port_that_is_taken(start: Callable[..., Process]) -> None:
 def test_json_lines(start: Callable[..., Process]) -> None:
     process = start(log_format="json")
     process.wait_ready()
-    httpx.get(process.url + "/readyz", headers={"x-request-id": "mine"})
+    httpx.get(process.url + "/v1/models", headers={"x-request-id": "mine"})
+    httpx.get(process.url + "/readyz")
     process.signal()
     code, errors = process.wait(5)
     assert code == 0
     lines = [json.loads(line) for line in errors.splitlines()]
     (access,) = [line for line in lines if line["logger"] == "app.access"]
     assert access["request_id"] == "mine"
-    assert access["message"] == "GET /readyz 200"
-
-
-def lines_of(errors: str, level: str) -> list[str]:
-    return [line for line in errors.splitlines() if f" {level} " in line]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert access["message"] == "GET /v1/models 200"
 
 
 def test_the_tests_leave_no_variables() -> None:

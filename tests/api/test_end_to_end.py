@@ -1,0 +1,168 @@
+"""The real thing: ``python -m app`` over a tiny checkpoint, with its engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import torch
+
+from mamba_core import MambaConfig, MambaForCausalLM
+from tests.api.conftest import byte_tokenizer_json
+from tests.api.processes import Process, free_port, lines_of, wait_for
+from tests.api.raw import post
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few thousand random parameters over single bytes."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=257, hidden_size=16, state_size=4, num_hidden_layers=2, eos_token_id=256, pad_token_id=256
+    )
+    MambaForCausalLM(config).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text(byte_tokenizer_json())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def start(checkpoint: Path) -> Iterator[Start]:
+    processes = []
+
+    def start(*flags: str, model: Path = checkpoint) -> Process:
+        port = free_port()
+        process = Process(["-m", "app", str(model), "--port", str(port), "--num-threads", "1", *flags], port)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(start: Start) -> Process:
+    """One with two slots, for all tests that leave it as it was."""
+    process = start("--max-num-seqs", "2")
+    process.wait_ready()
+    return process
+
+
+def engine_of(process: Process) -> psutil.Process:
+    (child,) = psutil.Process(process.popen.pid).children()
+    return child
+
+
+def test_the_official_client(server: Process) -> None:
+    assert "slots: 2 x" in server.ready_text
+    asyncio.run(use_official_client(server.url))
+    page = httpx.get(server.url + "/metrics").text
+    assert 'vllm:kv_cache_usage_perc{model_name="tiny"} 0.0' in page
+
+
+async def use_official_client(url: str) -> None:
+    prompts = [f"{'x' * number}def f_{number}" for number in range(16)]
+    fields: dict[str, Any] = {"model": "tiny", "max_tokens": 20, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        alone = [(await client.completions.create(prompt=prompt, **fields)).choices[0].text for prompt in prompts]
+
+        async def stream(prompt: str) -> str:
+            chunks = await client.completions.create(prompt=prompt, stream=True, **fields)
+            return "".join([chunk.choices[0].text async for chunk in chunks])
+
+        assert await asyncio.gather(*map(stream, prompts)) == alone
+    assert len(set(alone)) > 1
+
+
+def test_disconnects_free_the_slots(server: Process) -> None:
+    port = int(server.url.rpartition(":")[2])
+    for stream in (False, True):
+        # two run and two wait
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+        for client in clients:
+            client.sendall(post({"prompt": "hello", "max_tokens": 10**6, "ignore_eos": True, "stream": stream}))
+        wait_for(lambda: counts(server)[1:] == (2, 2))
+        for client in clients:
+            client.close()
+        wait_for(lambda: counts(server) == (0, 0, 0), 2)
+
+
+def counts(server: Process) -> tuple[int, int, int]:
+    load = httpx.get(server.url + "/load").json()
+    return load["num_open_requests"], load["num_slots_used"], load["num_waiting"]
+
+
+def test_an_engine_that_is_killed_is_started_again(server: Process) -> None:
+    process = server
+    stream = process.open_stream(10**6)
+    engine_of(process).kill()
+    assert '"service_unavailable_error"' in stream.finish()[-2]
+    assert httpx.get(process.url + "/readyz").status_code == 503
+    assert httpx.get(process.url + "/livez").status_code == 200
+    wait_for(lambda: httpx.get(process.url + "/readyz").status_code == 200, 30)
+    body = {"prompt": "hello", "max_tokens": 3}
+    assert httpx.post(process.url + "/v1/completions", json=body).status_code == 200
+    assert "mamba_engine_restarts_total 1.0" in httpx.get(process.url + "/metrics").text
+
+
+def test_streams_finish_on_sigterm(start: Start) -> None:
+    process = start()
+    process.wait_ready()
+    engine = engine_of(process)
+    streams = [process.open_stream(500) for _ in range(4)]
+    process.signal()
+    for stream in streams:
+        assert '"finish_reason":"' in stream.finish()[-2]
+    code, errors = process.wait(5)
+    assert code == 0
+    assert "Traceback" not in errors
+    assert not engine.is_running()
+
+
+def test_no_child_outlives_a_killed_server(start: Start) -> None:
+    process = start()
+    process.wait_ready()
+    engine = engine_of(process)
+    os.kill(process.popen.pid, signal.SIGKILL)
+    wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, 5)
+
+
+def test_a_broken_checkpoint_never_opens_the_port(start: Start, checkpoint: Path, tmp_path: Path) -> None:
+    processes = [start(model=broken(checkpoint, tmp_path / fault, fault)) for fault in ("missing", "cut", "llama")]
+    codes = set()
+    while any(process.popen.poll() is None for process in processes):
+        codes |= {process.status("/livez") for process in processes}
+        time.sleep(0.05)
+    assert codes <= {0}
+    for process in processes:
+        code, errors = process.wait(5)
+        assert code == 1
+        assert len(lines_of(errors, "CRITICAL")) == 1
+        assert "Traceback" not in errors
+
+
+def broken(checkpoint: Path, directory: Path, fault: str) -> Path:
+    """A copy of a checkpoint without weights, with half of them, or of another kind."""
+    shutil.copytree(checkpoint, directory)
+    weights = directory / "model.safetensors"
+    if fault == "missing":
+        weights.unlink()
+    elif fault == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        (directory / "config.json").write_text('{"model_type": "llama"}')
+    return directory
