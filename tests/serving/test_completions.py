@@ -176,11 +176,14 @@ async def test_a_stop_string_ends_one_sample_alone(service: CompletionService, e
 
 
 async def test_a_stop_string_that_ends_with_the_last_token_aborts_nothing(
-    service: CompletionService, engine: FakeEngine
+    service: CompletionService, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    aborted: list[int] = []
+    monkeypatch.setattr(engine, "abort_sample", lambda _, sample: aborted.append(sample))
     (choice,) = (await complete(service, stop="dog", max_tokens=2))["choices"]
-    assert (choice["text"], choice["finish_reason"]) == ("the ", "stop")
-    assert not engine.aborted
+    assert (choice["text"], choice["finish_reason"], aborted) == ("the ", "stop", [])
+    await complete(service, stop="dog", max_tokens=3)
+    assert aborted == [0]
 
 
 async def test_a_held_back_end_is_given_in_the_end(service: CompletionService, engine: FakeEngine) -> None:
@@ -256,6 +259,14 @@ async def test_echo_of_a_short_prompt_of_ids(service: CompletionService, num_tok
     (choice,) = (await complete(service, prompt=ids, echo=True, max_tokens=1, logprobs=0))["choices"]
     assert choice["text"] == ["thethe", "the dogthe"][num_tokens - 1]
     assert choice["logprobs"]["token_logprobs"] == [None] + [-0.5] * num_tokens
+
+
+async def test_log_probabilities_wait_for_text_that_is_held_back(service: CompletionService) -> None:
+    fields = {"stop": "the dogs", "logprobs": 0, "max_tokens": 4}
+    parts = await chunks(service, **fields)
+    assert [part["choices"][0]["text"] for part in parts] == ["the dog", "the dog"]
+    assert [part["choices"][0]["logprobs"]["text_offset"] for part in parts] == [[0, 3], [7, 10]]
+    assert join(parts, 1) == (await complete(service, **fields))["choices"]
 
 
 async def test_the_first_chunk_of_each_choice_starts_with_the_prompt(service: CompletionService) -> None:
