@@ -164,7 +164,10 @@ class CompletionRequest(_WireModel):
         description="text, several texts, token ids, or several lists of token ids; nothing empty"
     )
     max_tokens: int = Field(
-        default=16, ge=0, le=INT32_MAX, description="most tokens to generate per choice; 0 only together with `echo`"
+        default=16,
+        ge=0,
+        le=INT32_MAX,
+        description="most tokens to generate per choice; 0 only with `echo`; left out, at most what a limit allows",
     )
     temperature: float = Field(
         default=1.0, ge=0, le=2, description="0 (or below 0.00001) takes the likeliest token, higher values vary more"

@@ -80,13 +80,13 @@ class Translator:
         all_ids = [self._token_ids(prompt, body.add_special_tokens) for prompt in prompts]
         for ids in all_ids:
             _check_ids(ids, info.vocab_size, "prompt")
-            self._check_length(len(ids), body.max_tokens)
+            self._check_length(len(ids), self._max_tokens(body, len(ids)))
         self._check_prompt_logprobs(body, sum(map(len, all_ids)))
         # two clients may send the same request id; the engine must not take one request for the other
         unique_id = f"{request_id}-{secrets.token_hex(4)}"
         stop_ids = tuple(dict.fromkeys([*body.stop_token_ids, *(() if body.ignore_eos else info.eos_token_ids)]))
         return tuple(
-            self._prompt(body, prompt, _request(body, f"{unique_id}-{i}", ids, stop_ids, info.vocab_size))
+            self._prompt(body, prompt, self._request(body, f"{unique_id}-{i}", ids, stop_ids, info.vocab_size))
             for i, (prompt, ids) in enumerate(zip(prompts, all_ids, strict=True))
         )
 
@@ -97,6 +97,13 @@ class Translator:
         if not ids:
             raise InvalidRequest("'prompt' holds no token", param="prompt")
         return ids
+
+    def _max_tokens(self, body: CompletionRequest, num_prompt_tokens: int) -> int:
+        """What was asked for; a default that nobody asked for gives way to the limit."""
+        limit = self._limits.max_model_len
+        if limit is None or "max_tokens" in body.model_fields_set:
+            return body.max_tokens
+        return max(1, min(body.max_tokens, limit - num_prompt_tokens))
 
     def _check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
         limit = self._limits.max_model_len
@@ -117,6 +124,23 @@ class Translator:
                 f"numbers; at most {self._limits.max_prompt_logprobs} are allowed",
                 param="logprobs",
             )
+
+    def _request(
+        self, body: CompletionRequest, request_id: str, ids: Sequence[int], stop_ids: tuple[int, ...], vocab_size: int
+    ) -> GenerationRequest:
+        prompt_logprobs = body.logprobs if body.echo else None
+        if body.max_tokens == 0 and prompt_logprobs is None:
+            # the engine knows no request without output, except to score a prompt
+            prompt_logprobs = 0
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=tuple(ids),
+            sampling=_sampling(body, vocab_size),
+            max_tokens=self._max_tokens(body, len(ids)),
+            stop_token_ids=stop_ids,
+            n=body.n,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def _prompt(self, body: CompletionRequest, prompt: str | list[int], request: GenerationRequest) -> PreparedPrompt:
         if not body.echo:
@@ -141,24 +165,6 @@ def _check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
         raise InvalidRequest(
             f"'{param}' holds token id {largest}; the vocabulary ends at {vocab_size - 1}", param=param
         )
-
-
-def _request(
-    body: CompletionRequest, request_id: str, ids: Sequence[int], stop_ids: tuple[int, ...], vocab_size: int
-) -> GenerationRequest:
-    prompt_logprobs = body.logprobs if body.echo else None
-    if body.max_tokens == 0 and prompt_logprobs is None:
-        # the engine knows no request without output, except to score a prompt
-        prompt_logprobs = 0
-    return GenerationRequest(
-        request_id=request_id,
-        prompt_token_ids=tuple(ids),
-        sampling=_sampling(body, vocab_size),
-        max_tokens=body.max_tokens,
-        stop_token_ids=stop_ids,
-        n=body.n,
-        prompt_logprobs=prompt_logprobs,
-    )
 
 
 def _sampling(body: CompletionRequest, vocab_size: int) -> SamplingParams:

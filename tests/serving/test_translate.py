@@ -5,15 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tokenizers import normalizers, processors
 
+from app.engine.interface import EngineUnavailable
 from app.engine.request import GenerationRequest, SamplingParams
 from app.schemas.completions import CompletionRequest
 from app.serving.completions import CompletionService
-from app.serving.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, RequestError, UnsupportedParameter
+from app.serving.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    RequestError,
+    Unavailable,
+    UnsupportedParameter,
+)
+from app.serving.models import ModelCatalog
 from app.serving.parsing import parse_completion_request
 from app.serving.prepared import PreparedCompletion
 from app.serving.tokenizer import Tokenizer
@@ -181,6 +190,29 @@ def test_the_limit_of_length_tells_both_numbers(make_service: Callable[..., Comp
     with pytest.raises(ContextLengthExceeded, match=r"10 .* 20 .* 5 .* 15") as caught:
         make_service(max_model_len=10).prepare(parse(prompt=[1] * 5, max_tokens=15), "r")
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_default_of_max_tokens_gives_way_to_the_limit(make_service: Callable[..., CompletionService]) -> None:
+    service = make_service(max_model_len=10)
+    assert request_of(service.prepare(parse(prompt=[1] * 7), "r")).max_tokens == 3
+    assert request_of(service.prepare(parse(prompt=[1] * 7, max_tokens=None), "r")).max_tokens == 3
+    with pytest.raises(ContextLengthExceeded):
+        service.prepare(parse(prompt=[1] * 7, max_tokens=16), "r")
+    with pytest.raises(ContextLengthExceeded):
+        service.prepare(parse(prompt=[1] * 10), "r")
+
+
+def test_a_model_that_is_not_loaded_yet_is_unavailable(byte_level: Tokenizer) -> None:
+    class Loading:
+        @property
+        def info(self) -> None:
+            raise EngineUnavailable
+
+    loading = cast("FakeEngine", Loading())
+    with pytest.raises(Unavailable):
+        CompletionService(loading, byte_level, ["fox"]).prepare(parse(), "r")
+    with pytest.raises(Unavailable):
+        ModelCatalog(loading, ["fox"]).list()
 
 
 def test_without_a_limit_length_is_free(prepare: Prepare) -> None:
