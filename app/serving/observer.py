@@ -12,7 +12,7 @@ class CompletionObserver(Protocol):
         """The request's first token has come, ``seconds`` after ``prepare`` began."""
 
     def on_tokens(self, n: int, seconds_since_last: float) -> None:
-        """``n`` more tokens over all choices, ``seconds_since_last`` after the batch before."""
+        """``n`` more tokens over all choices, ``seconds_since_last`` after the batch before; not for the first one."""
 
     def on_finish(self, reason: str, prompt_tokens: int, generated_tokens: int, seconds: float) -> None:
         """The request is over, called exactly once for each that was started.
