@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Generator
@@ -32,8 +33,9 @@ EXIT_FAILED = 1
 
 _KEEP_ALIVE_SECONDS = 75
 _LAST_WORDS_SECONDS = 1.0
-_STOP_SECONDS = 2.0
+_STOP_SECONDS = 0.5
 _BACKLOG = 2048
+_OTHER_FILES = 256
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ class ManagedEngine(EngineClient, Protocol):
 def run(settings: Settings, make_engine: Callable[[EngineConfig], ManagedEngine] | None = None) -> int:
     """Serve until a signal or a failure; the result is the exit code."""
     configure(settings.log_format, settings.log_level, settings.uvicorn_log_level)
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    _allow_open_files(settings.max_connections)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             return runner.run(_serve(settings, make_engine or _process_engine))
@@ -97,6 +100,15 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
     return listener
+
+
+def _allow_open_files(num_connections: int) -> None:
+    """Raise the process's own limit, within what the system allows, so that it does not come before ours."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + _OTHER_FILES
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 async def _serve(settings: Settings, make_engine: Callable[[EngineConfig], ManagedEngine]) -> int:
@@ -233,9 +245,10 @@ class QuietServer(uvicorn.Server):
 
 def uvicorn_config(settings: Settings, context: ServerContext) -> uvicorn.Config:
     """How HTTP is spoken; also what tests serve with."""
+    limits = ConnectionLimits(settings.header_timeout, settings.max_connections)
     return uvicorn.Config(
         create_app(context),
-        http=partial(HttpProtocol, limits=ConnectionLimits(settings.header_timeout)),  # type: ignore[arg-type]
+        http=partial(HttpProtocol, limits=limits),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

@@ -137,6 +137,7 @@ class Settings(BaseSettings):
     )
     max_prompts: Count = _setting(128, "Limits", "prompts in one request")
     max_n: Count = _setting(64, "Limits", "continuations of one prompt (n, best_of)")
+    max_connections: Count = _setting(4096, "Limits", "open connections; more are refused with 503")
     header_timeout: PositiveSeconds = _setting(10.0, "Limits", "seconds for the headers of a request to arrive")
     body_timeout: PositiveSeconds = _setting(60.0, "Limits", "seconds for the body of a request to arrive")
     write_timeout: PositiveSeconds = _setting(60.0, "Limits", "seconds after which a client that reads nothing is cut")

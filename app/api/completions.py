@@ -23,7 +23,7 @@ from app.serving.prepared import PreparedCompletion
 from app.serving.translate import num_sequences, split_prompts
 
 # tokenizing this many characters takes about a millisecond, for which no thread is worth its while
-_CHARACTERS_IN_LOOP = 4096
+_LENGTH_IN_LOOP = 4096
 _CHARACTERS_PER_TOKEN = 4
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class CompletionAnswer(Response):
         return None
 
     async def _prepare(self) -> PreparedCompletion:
-        if _num_characters(self._body) <= _CHARACTERS_IN_LOOP:
+        if sum(map(len, split_prompts(self._body))) <= _LENGTH_IN_LOOP:
             return self._service.prepare(self._body, current_request_id())
         return await asyncio.to_thread(self._service.prepare, self._body, current_request_id())
 
@@ -102,10 +102,6 @@ class CompletionAnswer(Response):
             await writer.finish(error)
         except TimeoutError:
             cut_connection(scope)
-
-
-def _num_characters(body: CompletionRequest) -> int:
-    return sum(len(prompt) for prompt in split_prompts(body) if isinstance(prompt, str))
 
 
 def _estimate_tokens(body: CompletionRequest) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.api.errors import HttpError, error_bytes
+from app.serving.errors import RequestError, Unavailable
 
 # the ASGI scope's extension under which a response finds the way to cut its connection
 ABORT_EXTENSION = "mamba.abort"
@@ -24,6 +25,7 @@ class ConnectionLimits:
     """header_timeout in seconds, from the first byte of a request (or from connecting) to its last header."""
 
     header_timeout: float = 10.0
+    max_connections: int = 4096
     max_header_bytes: int = 32 * 1024
     max_headers: int = 128
 
@@ -45,7 +47,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_head_timer()
+        if len(self.connections) > self._limits.max_connections:
+            self._refuse(Unavailable("the server has too many connections"))
+        else:
+            self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
@@ -95,7 +100,7 @@ class HttpProtocol(HttpToolsProtocol):
             return HttpError(400, "the Host header is not one host name")
         return None
 
-    def _refuse(self, error: HttpError) -> None:
+    def _refuse(self, error: RequestError) -> None:
         if self._is_refused or self.transport.is_closing():
             return
         self._is_refused = True

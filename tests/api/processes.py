@@ -71,7 +71,7 @@ class Stream(threading.Thread):
 
     def __init__(self, url: str, max_tokens: int) -> None:
         super().__init__()
-        self._request = {"prompt": "hello", "max_tokens": max_tokens, "stream": True}
+        self._request = {"prompt": "hello", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
         self._url = url
         self.events: list[str] = []
         self.error: Exception | None = None

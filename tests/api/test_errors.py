@@ -194,6 +194,37 @@ async def test_what_is_wrong_below_the_application(serve: Serve, data: bytes, ex
 
 
 @pytest.mark.anyio
+async def test_two_hundred_dribbling_clients_disturb_nobody(serve: Serve) -> None:
+    async with serve(header_timeout=0.5, body_timeout=0.5) as server:
+        clients = [await server.connect() for _ in range(200)]
+        for number, (_, writer) in enumerate(clients):
+            writer.write(b"POST /v1/comp" if number % 2 else post(b'{"prom', length=50))
+        for _ in range(10):
+            async with asyncio.timeout(1):
+                assert (await server.complete(max_tokens=3)).status_code == 200
+        statuses = await asyncio.gather(*(read_answer(reader) for reader, _ in clients))
+        assert {status for status, _, _ in statuses} == {408}
+        for _, writer in clients:
+            writer.close()
+
+
+@pytest.mark.anyio
+async def test_too_many_connections_are_503(serve: Serve) -> None:
+    async with serve(max_connections=5) as server:
+        clients = [await server.connect() for _ in range(5)]
+        await asyncio.sleep(0.05)
+        reader, writer = await server.connect()
+        async with asyncio.timeout(5):
+            status, headers, body = await read_answer(reader)
+        assert status == 503
+        check_error(headers, body, "service_unavailable_error")
+        for _, other in [*clients, (reader, writer)]:
+            other.close()
+        await asyncio.sleep(0.05)
+        assert (await server.complete(max_tokens=1)).status_code == 200
+
+
+@pytest.mark.anyio
 async def test_request_ids(serve: Serve) -> None:
     async with serve() as server:
         for given, expected in [("abc-1", "abc-1"), ("a b\t<c>", "abc"), ("x" * 500, "x" * 128)]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 
 from app.api.body import read_json_body
@@ -10,6 +12,9 @@ from app.api.dependencies import Context
 from app.api.openapi import ERROR_RESPONSES, request_body
 from app.schemas.completions import Completion, CompletionRequest
 from app.serving.parsing import parse_completion_request
+
+# parsing this many bytes takes about a millisecond, for which no thread is worth its while
+_BYTES_IN_LOOP = 64 * 1024
 
 router = APIRouter(tags=["completions"])
 
@@ -28,4 +33,6 @@ async def create_completion(request: Request, context: Context) -> Response:
     context.check_queue()
     settings = context.settings
     raw = await read_json_body(request.headers, request.receive, settings.max_body_size, settings.body_timeout)
-    return CompletionAnswer(context, context.require_service(), parse_completion_request(raw))
+    parse = parse_completion_request
+    body = parse(raw) if len(raw) <= _BYTES_IN_LOOP else await asyncio.to_thread(parse, raw)
+    return CompletionAnswer(context, context.require_service(), body)
