@@ -1,0 +1,87 @@
+"""Compile every kernel of the ops for a Hopper GPU, as a program of its own: prints one line of JSON per kernel.
+
+Triton decides at import whether it interprets or compiles, so tests, which interpret, run this in another process. No
+GPU is needed: the target is named, and the assembler is part of Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGET = GPUTarget("cuda", 90, 32)
+NUM_STATES, WIDTH = 16, 4
+SCAN = {"N": NUM_STATES, "BLOCK_N": 16, "ALIGN": 8}
+CONV = {"K": WIDTH, "HAS_BIAS": True, "BLOCK_D": 128}
+NORM = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "ROWS": 4, "BLOCK_H": 512}
+
+# module, kernel, constants, warps
+KERNELS: list[tuple[str, str, dict[str, Any], int]] = [
+    ("scan_kernels", "scan_kernel", SCAN | {"BLOCK_D": 64, "CHECKPOINT": 0, "SEGMENTED": False}, 2),
+    ("scan_kernels", "scan_kernel", SCAN | {"BLOCK_D": 64, "CHECKPOINT": 16, "SEGMENTED": True}, 2),
+    ("scan_kernels", "scan_segment_kernel", SCAN | {"BLOCK_D": 64}, 2),
+    ("scan_kernels", "scan_carry_kernel", {"N": NUM_STATES, "BLOCK": 128}, 4),
+    ("scan_kernels", "scan_step_kernel", {"N": NUM_STATES, "BLOCK_N": 16, "BLOCK_D": 64}, 4),
+    ("scan_backward_kernels", "scan_backward_kernel", SCAN | {"BLOCK_D": 32, "CHECKPOINT": 16}, 1),
+    ("conv_kernels", "conv_kernel", CONV | {"BLOCK_T": 16}, 4),
+    ("conv_kernels", "conv_head_kernel", CONV, 4),
+    ("conv_kernels", "conv_step_kernel", CONV, 4),
+    ("conv_backward_kernels", "conv_backward_weight_kernel", CONV | {"BLOCK_K": 4, "BLOCK_T": 16}, 4),
+    ("conv_backward_kernels", "conv_backward_head_kernel", CONV | {"BLOCK_K": 4}, 4),
+    ("conv_backward_kernels", "conv_backward_input_kernel", {"K": WIDTH, "BLOCK_T": 16, "BLOCK_D": 128}, 4),
+    ("norm_kernels", "norm_kernel", NORM | {"KEEP_SCALE": True}, 4),
+    ("norm_kernels", "norm_backward_kernel", NORM | {"HAS_TOTAL": True}, 4),
+]
+# pointers to anything but bf16
+POINTERS = {"slots_ptr": "*i64", "cu_seqlens_ptr": "*i32", "seq_idx_ptr": "*i32"} | {
+    f"{name}_ptr": "*fp32"
+    for name in (
+        *("a", "da", "db", "dc", "dd", "dbias", "dweight", "dpre"),
+        *("checkpoint", "scratch", "entry", "total", "scale"),
+    )
+}
+UNALIGNED = {"nothing", "b_stride", "c_stride", "num_rows"}
+
+
+def source_of(kernel: Any, constants: dict[str, Any], state: str) -> ASTSource:
+    """The kernel for bf16 inputs and a state of this dtype, pointers and most integers divisible by 16."""
+    signature, attributes, values = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(index,)] = constants[name]
+            continue
+        if name.endswith("_ptr"):
+            signature[name] = state if name == "state_ptr" else POINTERS.get(name, "*bf16")
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if name != "eps" and name not in UNALIGNED:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+
+
+def compile_all() -> Iterator[dict[str, Any]]:
+    for module, name, constants, num_warps in KERNELS:
+        kernel = getattr(importlib.import_module(f"mamba_core.ops.triton.{module}"), name)
+        state = "*bf16" if module == "conv_kernels" else "*fp32"
+        source = source_of(kernel, constants, state)
+        compiled = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+        assembly = compiled.asm["ptx"]
+        yield {
+            "kernel": name,
+            "type": type(kernel).__name__,
+            "cubin_bytes": len(compiled.asm["cubin"]),
+            "shared_bytes": compiled.metadata.shared,
+            "shuffles": assembly.count("shfl.sync"),
+        }
+
+
+if __name__ == "__main__":
+    for line in compile_all():
+        print(json.dumps(line), flush=True)  # noqa: T201  the output is the result
