@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import uvicorn
-import uvloop
 from prometheus_client import disable_created_metrics
 
 from app.api import Phase, ServerContext, create_app
@@ -65,7 +64,7 @@ def run(settings: Settings, make_engine: Callable[[EngineConfig], ManagedEngine]
     configure(settings.log_format, settings.log_level, settings.uvicorn_log_level)
     disable_created_metrics()  # type: ignore[no-untyped-call]
     _allow_open_files(settings.max_connections)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         try:
             return runner.run(_serve(settings, make_engine or _process_engine))
         except (StartError, EngineStartError, TokenizerError) as error:
@@ -100,6 +99,14 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
     return listener
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 def _allow_open_files(num_connections: int) -> None:
