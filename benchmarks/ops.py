@@ -259,13 +259,14 @@ def _host_seconds(run: Callable[[], object]) -> float:
 
 
 def _device_seconds(run: Callable[[], object], device: torch.device) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
     synchronize(device)
     start.record()
     run()
     end.record()
     synchronize(device)
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def _captured(run: Callable[[], object]) -> Callable[[], object]:
