@@ -22,7 +22,9 @@ _MASK = 2**64 - 1
 _UNIFORM_BITS = 48
 
 _BLOCK = 256
-_NUM_CANDIDATES = 1024
+
+# how many times as many candidates are tried when there were too few
+_WIDENING = 16
 
 
 def stream_key(seed: int, sample: int) -> int:
@@ -44,13 +46,14 @@ def filter_thresholds(scaled: Tensor, weights: Tensor, top_k: Tensor, top_p: Ten
 
     scaled [B, V]: logits over temperature, shifted to a maximum of 0; weights [B, V]: their exponentials; top_k [B]
     int64, 0 for off, never above ``num_candidates``; top_p [B], 1 for off. The likeliest ``num_candidates`` of each
-    row are looked at first, all V only where those do not hold enough weight. Returns [B], -inf for no filter.
+    row are looked at first, more only where those do not hold enough weight. Returns [B], -inf for no filter.
     """
-    num_candidates = min(num_candidates, scaled.shape[1])
-    thresholds, is_final = _thresholds_among(num_candidates, scaled, weights, top_k, top_p)
-    if num_candidates < scaled.shape[1] and not bool(is_final.all()):
-        thresholds, _ = _thresholds_among(scaled.shape[1], scaled, weights, top_k, top_p)
-    return thresholds
+    while True:
+        num_candidates = min(num_candidates, scaled.shape[1])
+        thresholds, is_final = _thresholds_among(num_candidates, scaled, weights, top_k, top_p)
+        if num_candidates == scaled.shape[1] or bool(is_final.all()):
+            return thresholds
+        num_candidates *= _WIDENING
 
 
 def invert(weights: Tensor, uniform: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from app.engine.config import EngineConfig
 from app.engine.engine import Engine
 from app.engine.interface import EngineStartError
-from app.engine.memory import MemoryTooSmall, choose_max_num_seqs
+from app.engine.memory import MemoryTooSmall, choose_max_num_seqs, keep_freed_memory
 from app.engine.request import GenerationRequest, ModelInfo, SamplingParams
 from app.engine.runner import Runner
 from mamba_core import MambaCache, MambaForCausalLM, checkpoints
@@ -46,6 +46,8 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
         placement = Placement.from_config(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
+        if placement.device.type == "cpu":
+            keep_freed_memory()
         model_dir = checkpoints.resolve(config.model, config.revision)
         checkpoints.inspect(model_dir)
         report_checked(str(model_dir))

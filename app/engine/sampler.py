@@ -19,8 +19,8 @@ from app.engine.sequence import Sequence
 # below this, dividing by the temperature says nothing that the maximum does not
 GREEDY_TEMPERATURE = 1e-5
 
-# the likeliest tokens that a top_p without a top_k looks at before it sorts the vocabulary
-_NUM_NUCLEUS_CANDIDATES = 1024
+# the likeliest tokens that a top_p without a top_k looks at first
+_NUM_NUCLEUS_CANDIDATES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,12 @@ class FilterRows:
 
 @dataclass(frozen=True, slots=True)
 class RandomRows:
-    """The rows [R] that are drawn at random; ``rows`` is None when all are. ``floors`` is log(min_p)."""
+    """The rows [R] that are drawn at random; ``rows`` is None for all, ``floors`` (log of min_p) for none."""
 
     rows: Tensor | None
     keys: Tensor
     temperature: Tensor
-    floors: Tensor
+    floors: Tensor | None
     filters: FilterRows | None
 
 
@@ -148,7 +148,7 @@ class Sampler:
             None if len(drawn) == len(rows) else self._integers(drawn),
             self._integers(keys),
             self._floats(p.temperature for p in params)[:, None],
-            self._floats(p.min_p for p in params).log()[:, None],
+            self._floats(p.min_p for p in params).log() if any(p.min_p > 0 for p in params) else None,
             self._filter_rows(params),
         )
 
@@ -202,15 +202,22 @@ def _is_penalised(params: SamplingParams) -> bool:
 
 
 def _draw_random(logits: Tensor, random: RandomRows, positions: Tensor) -> Tensor:
-    scaled = (logits - logits.amax(-1, keepdim=True)) / random.temperature  # [R, V]
+    scaled = logits.sub_(logits.amax(-1, keepdim=True)).div_(random.temperature)  # [R, V]
     weights = scaled.exp()
     thresholds = random.floors
     if random.filters:
-        filters = random.filters
-        kept = distribution.filter_thresholds(
-            scaled[filters.rows], weights[filters.rows], filters.top_k, filters.top_p, filters.num_candidates
-        )
-        thresholds = thresholds.clone()
-        thresholds[filters.rows] = torch.maximum(thresholds[filters.rows], kept[:, None])
-    weights = torch.where(scaled >= thresholds, weights, 0)
+        thresholds = _raise_thresholds(thresholds, scaled, weights, random.filters)
+    if thresholds is not None:
+        weights.masked_fill_(scaled < thresholds[:, None], 0)
     return distribution.invert(weights, distribution.uniforms(random.keys, positions))
+
+
+def _raise_thresholds(floors: Tensor | None, scaled: Tensor, weights: Tensor, filters: FilterRows) -> Tensor:
+    """The thresholds [R] of min_p and of the other two filters together."""
+    rows = filters.rows
+    kept = distribution.filter_thresholds(
+        scaled[rows], weights[rows], filters.top_k, filters.top_p, filters.num_candidates
+    )
+    thresholds = floors.clone() if floors is not None else scaled.new_full(scaled.shape[:1], -torch.inf)
+    thresholds[rows] = torch.maximum(thresholds[rows], kept)
+    return thresholds

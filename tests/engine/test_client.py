@@ -289,14 +289,27 @@ async def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     await client.stop(1)
 
 
-async def test_no_socket_directory_is_left_behind() -> None:
-    before = set(Path(tempfile.gettempdir()).glob("mamba-*"))
-    async with ready(make_client()) as client:
-        (mine,) = {path for path in set(Path(tempfile.gettempdir()).glob("mamba-*")) - before if owned_by(path, client)}
-        assert mine.stat().st_mode & 0o777 == 0o700
+async def test_the_socket_is_private_and_leaves_nothing_behind(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path_factory.mktemp("t")
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    client = make_client()
+    starting = asyncio.create_task(client.start())
+    await until(lambda: any(directory.iterdir()))
+    (mine,) = directory.iterdir()
+    assert mine.stat().st_mode & 0o777 == 0o700
+    await starting
     assert not mine.exists()
+    async with ready_again(client):
+        assert len((await collect(client.submit(make_request()))).tokens["r", 0]) == 4
+    assert not any(directory.iterdir())
 
 
-def owned_by(path: Path, client: ProcessEngineClient) -> bool:
-    assert client.pid is not None
-    return any(str(path) in argument for argument in psutil.Process(client.pid).cmdline())
+@asynccontextmanager
+async def ready_again(client: ProcessEngineClient) -> AsyncIterator[None]:
+    try:
+        await client.wait_ready()
+        yield
+    finally:
+        await client.stop(5)

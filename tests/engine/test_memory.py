@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,23 @@ def test_too_little_memory_is_told_with_what_to_change(monkeypatch: pytest.Monke
 def test_free_memory_is_less_than_the_machine_has() -> None:
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     assert 0 < free_memory(CPU) < int(fields["MemTotal"].split()[0]) * 1024
+
+
+def test_freed_memory_is_kept() -> None:
+    code = "import time, torch; from app.engine.memory import keep_freed_memory; kept = keep_freed_memory()"
+    # a block that is freed and taken again costs page faults only if the system had it in between
+    code += """
+import resource
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        a, b = torch.ones(2**20), torch.ones(2**20)
+        del a, b
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+assert kept and faults() < 500
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 @pytest.mark.parametrize(("limit", "used", "free"), [("1000", "400", 600), ("max", "400", None), ("300", "400", 0)])

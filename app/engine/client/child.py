@@ -30,7 +30,7 @@ _MAX_DIRECTORY_LENGTH = 90
 
 
 class EngineChild:
-    """A started process. Made and used on one event loop, where its callbacks run.
+    """A started process. Made and used on one event loop, where its callbacks run; dies with the thread of that loop.
 
     ``on_report`` gets each message, ``on_exit`` the exit status (a negative signal number for a violent death) once,
     after the last message.
@@ -51,6 +51,7 @@ class EngineChild:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
         self._directory = _private_directory()
+        self._is_connected = False
         endpoint = f"ipc://{self._directory}/engine"
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -124,7 +125,14 @@ class EngineChild:
             except zmq.Again:
                 return
             num_reads += 1
+            self._note_connection()
             self._on_report(self._decoder.decode(message))
+
+    def _note_connection(self) -> None:
+        # connected sockets need no path, and a directory that is gone already is left behind by no kind of death
+        if not self._is_connected:
+            self._is_connected = True
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 def _private_directory() -> Path:
