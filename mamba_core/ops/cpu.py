@@ -17,8 +17,9 @@ from mamba_core.ops.packing import Packing
 
 # state elements of one loop step and of one chunk: sized so that a chunk stays in the cores' caches
 _ELEMENTS_PER_TOKEN = 1 << 17
-_ELEMENTS_PER_CHUNK = 1 << 18
-_CONV_ELEMENTS = 1 << 20
+_ELEMENTS_PER_CHUNK = 1 << 20
+# inputs of one chunk of a convolution
+_CONV_ELEMENTS = 1 << 17
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -45,28 +46,39 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
 def _conv_tokens(
     x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor, packing: Packing, begin: int, end: int
 ) -> Tensor:
-    """Outputs of tokens begin to end [end - begin, D]; their taps lie in these tokens, just before, or in history."""
+    """Outputs of tokens begin to end [end - begin, D]."""
     end = min(end, packing.num_tokens)
-    width = weight.shape[1]
-    rows = packing.seq_idx[begin:end].long()
-    first, last = int(rows[0]), int(rows[-1])
-    low = max(0, begin - width + 1)
-    # one table of candidate inputs: the histories of the rows concerned, oldest first, then the tokens
-    past = history[first : last + 1].transpose(1, 2).reshape(-1, x.shape[1])
-    table = torch.cat([past.to(x.dtype), x[low:end]]).float()
-    tokens = torch.arange(begin, end)
-    since = tokens - packing.cu_seqlens.long()[rows]  # tokens of the same sequence before this one
-    in_past = (rows - first) * (width - 1) + since
-    in_tokens = past.shape[0] + tokens - low
+    before = weight.shape[1] - 1
+    low = max(0, begin - before)
     taps = weight.float().T.contiguous()  # [K, D]
-    y = table[in_tokens] * taps[-1]
-    if bias is not None:
-        y = y + bias.float()
-    for k in range(width - 1):
-        distance = width - 1 - k
-        index = torch.where(since >= distance, in_tokens - distance, in_past + k)
-        y = torch.addcmul(y, table[index], taps[k])
+    inputs = F.pad(x[low:end].float(), (0, 0, before - (begin - low), 0))  # [K-1 + tokens, D]
+    # all windows at once, as if there were one sequence; then those that reach beyond their sequence's start, again
+    y = _weigh([inputs[k : k + end - begin] for k in range(before + 1)], taps, bias)
+    rows = packing.seq_idx[begin:end].long()
+    since = torch.arange(begin, end) - packing.cu_seqlens.long()[rows]  # tokens of the same sequence before this one
+    heads = (since < before).nonzero()[:, 0]
+    if heads.numel() > 0:
+        windows = _head_windows(inputs, history, rows[heads], since[heads], heads)
+        y = y.index_put((heads,), _weigh(windows, taps, bias))
     return F.silu(y).to(x.dtype)
+
+
+def _weigh(windows: list[Tensor], taps: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum over K inputs [tokens, D] of each by its tap, plus the bias."""
+    y = windows[0] * taps[0] if bias is None else torch.addcmul(bias.float(), windows[0], taps[0])
+    for window, tap in zip(windows[1:], taps[1:], strict=True):
+        y = torch.addcmul(y, window, tap)
+    return y
+
+
+def _head_windows(inputs: Tensor, history: Tensor, rows: Tensor, since: Tensor, heads: Tensor) -> list[Tensor]:
+    """The windows of the first K-1 tokens of sequences, K tensors [heads, D]: from history, then from the inputs."""
+    before = history.shape[2]
+    windows = []
+    for k in range(before):
+        old = history[rows, :, (since + k).clamp(max=before - 1)].to(inputs.dtype)
+        windows.append(torch.where((since + k < before)[:, None], old, inputs[heads + k]))
+    return [*windows, inputs[heads + before]]
 
 
 def _conv_tail(x: Tensor, history: Tensor, packing: Packing) -> Tensor:
