@@ -26,6 +26,8 @@ def export_model(model: Any, folder: Path) -> None:
         if not name.endswith(_KEPT_IN_FP32):
             parameter.data = parameter.data.to(torch.bfloat16)
     exported.config.dtype = torch.bfloat16
+    # a matter of initialisation, done; transformers' own class would apply it to the loaded weights once more
+    exported.config.rescale_prenorm_residual = False
     exported.config.architectures = [type(model).__name__]
     exported.generation_config.eos_token_id = model.config.eos_token_id
     exported.save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES)
