@@ -60,8 +60,7 @@ class MambaMixer(nn.Module):
         if conv_state is None or ssm_state is None:
             conv_state, ssm_state = self._scratch_states(hidden, packing.num_rows)
         is_step = packing.is_step and not torch.is_grad_enabled()
-        xz = self.in_proj(hidden)  # [T, 2D]
-        x, z = xz[:, : self.channels], xz[:, self.channels :]
+        x, z = self.in_proj(hidden).chunk(2, dim=1)  # [T, D] each
         taps, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if is_step:
             x = ops.causal_conv1d_step(x, taps, bias, conv_state, packing.slots)
