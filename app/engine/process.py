@@ -219,7 +219,6 @@ def _beating(channel: Channel) -> Iterator[Callable[[Report], None]]:
                 return
             channel.send(report)
 
-    outbox.put(Beat())
     thread = threading.Thread(target=beat, name="beats")
     thread.start()
     try:

@@ -10,6 +10,7 @@ import torch
 
 from app.engine.engine import MAX_JOINT_FAILURES, Engine, RequestRefused
 from app.engine.request import FinishReason, GenerationRequest, SamplingParams
+from app.engine.sampler import Draw, SamplingBatch
 from app.engine.sequence import StepPlan
 from mamba_core import MambaCache
 from tests.engine.fakes import (
@@ -259,6 +260,45 @@ def test_a_fault_that_passes_hurts_nobody() -> None:
     assert shaken.tokens == calm.tokens
     joined = [[record for piece in t.prompt_slices["r2"] for record in piece.logprobs] for t in (calm, shaken)]
     assert joined[0] == joined[1]
+
+
+def test_a_fault_in_the_middle_of_a_prompt_repeats_no_logprobs() -> None:
+    faults = iter([False, False, True])
+
+    def before_step(plan: StepPlan, _: MambaCache) -> None:
+        if len(plan.members) > 1 and next(faults, False):
+            raise Fault
+
+    requests = [make_request("short", PROMPT[:2], 30), make_request("long", PROMPT * 3, 2, prompt_logprobs=1)]
+    calm = run(make_engine(prefill_budget=6), *requests)
+    shaken = run(make_engine(prefill_budget=6, before_step=before_step), *requests)
+    records = [[record for piece in t.prompt_slices["long"] for record in piece.logprobs] for t in (calm, shaken)]
+    assert records[0] == records[1]
+    position = 1
+    for piece in shaken.prompt_slices["long"]:
+        assert piece.start == position
+        position += len(piece.logprobs)
+    assert shaken.tokens == calm.tokens
+
+
+def test_what_a_failed_step_has_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [
+        make_request(f"r{i}", prompt, 12, frequency_penalty=2.0, temperature=i % 2, seed=i)
+        for i, prompt in enumerate(prompts(4))
+    ]
+    calm = run(make_engine(), *requests)
+    engine = make_engine()
+    sampler = engine._runner._sampler
+    draw, draws = sampler.draw, iter(range(1000))
+
+    def draw_and_fail(logits: torch.Tensor, batch: SamplingBatch) -> Draw:
+        drawn = draw(logits, batch)
+        if next(draws) == 5:
+            raise Fault
+        return drawn
+
+    monkeypatch.setattr(sampler, "draw", draw_and_fail)
+    assert run(engine, *requests).tokens == calm.tokens
 
 
 def test_steps_that_fail_only_together_are_given_up_after_a_while() -> None:

@@ -120,6 +120,17 @@ def test_inversion_never_chooses_weight_zero_at_the_ends() -> None:
     assert distribution.invert(weights, torch.tensor([0.0, largest], dtype=torch.float64)).tolist() == [300, 301]
 
 
+def test_inversion_never_chooses_weight_zero_between_blocks() -> None:
+    weights = torch.zeros(1, 512)
+    # one after the other, the small ones vanish beside the first; summed apart from it they do not
+    weights[0, 0], weights[0, 1:256], weights[0, 300] = 1.0, 2.0**-54, 1.0
+    sums = weights.view(2, 256).sum(-1, dtype=torch.float64)
+    assert sums[0] > weights[0, :256].double().cumsum(0)[-1]
+    uniform = torch.floor(sums[0] / sums.sum() * 2**48) / 2**48
+    assert 1 < uniform * sums.sum() < sums[0]
+    assert distribution.invert(weights, uniform[None]).item() < 256
+
+
 # --- filters
 
 
