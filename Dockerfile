@@ -9,10 +9,11 @@ ARG VARIANT
 # an offline build mounts wheels and names them here; pip reads both from the environment
 ARG PIP_FIND_LINKS
 ARG PIP_NO_INDEX
+ENV PIP_CACHE_DIR=/var/cache/pip
 WORKDIR /src
 COPY pyproject.toml ./
 COPY scripts/bootstrap.py scripts/
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     python3 scripts/bootstrap.py --venv /opt/venv --torch "${VARIANT}" --dependencies-only
 
 FROM dependencies AS project
@@ -21,7 +22,7 @@ ARG PIP_NO_INDEX
 COPY README.md LICENSE ./
 COPY mamba_core mamba_core
 COPY app app
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     /opt/venv/bin/python -m pip install --no-deps --target /opt/app .
 
 FROM ${BASE} AS runtime-cpu
