@@ -34,15 +34,19 @@ class Case:
     output_tokens: int
 
 
-def parse() -> argparse.Namespace:
+CASES = (
+    Case("short prompt", 100, 1),
+    Case("long prompt", 100_000, 1),
+    Case("long generation", 100, 20_000),
+)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory of a checkpoint")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--short", type=int, default=100, help="tokens of the short prompt")
-    parser.add_argument("--long", type=int, default=100_000, help="tokens of the long prompt")
-    parser.add_argument("--generate", type=int, default=20_000, help="tokens of the long generation")
     parser.add_argument("--server-args", nargs=argparse.REMAINDER, default=[], help="further flags of mamba-serve")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def free_port() -> int:
@@ -117,15 +121,10 @@ def run_case(case: Case, options: argparse.Namespace, vocab_size: int) -> dict[s
     }
 
 
-def main() -> None:
-    options = parse()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     vocab_size = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
-    cases = (
-        Case("short prompt", options.short, 1),
-        Case("long prompt", options.long, 1),
-        Case("long generation", options.short, options.generate),
-    )
-    for case in cases:
+    for case in CASES:
         print(json.dumps(run_case(case, options, vocab_size)), flush=True)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import decode, in_process, prefill
+from benchmarks import decode, in_process, memory, prefill
 from benchmarks.in_process import Subject, random_model
 from benchmarks.machine import Machine, measure_machine
 
@@ -63,3 +65,18 @@ def test_rates_of_this_machine_are_finite_and_plausible() -> None:
     machine = measure_machine(torch.device("cpu"), torch.float32)
     assert 1e8 < machine.copy_bytes_per_s < 1e13
     assert 1e8 < machine.product_flops_per_s < 1e14
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from Linux")
+def test_memory_tells_the_peaks_of_both_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(__file__).parents[1] / "models" / "mamba-python-15m"
+    monkeypatch.setattr(memory, "CASES", (memory.Case("small", 600, 3),))
+    memory.main(["--model", str(model), "--device", "cpu", "--server-args", "--num-threads", "1"])
+    (line,) = lines(capsys)
+    assert (line["prompt_tokens"], line["output_tokens"]) == (600, 3)
+    assert set(line["peak_rss_mib"]) == {"api", "engine"}
+    # the engine holds torch, the other process does not
+    assert line["peak_rss_mib"]["engine"] > 2 * line["peak_rss_mib"]["api"] > 50
+    assert line["peak_rss_mib"]["engine"] >= line["ready_peak_rss_mib"]["engine"]
