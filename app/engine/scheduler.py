@@ -31,6 +31,7 @@ class Scheduler:
         self._suspects: list[Prefill] = []
         self._running: tuple[Sequence, ...] = ()
         self._live: dict[str, dict[int, Sequence]] = {}
+        self._num_live = 0
 
     @property
     def has_work(self) -> bool:
@@ -48,7 +49,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Samples that wait for a slot."""
-        return sum(len(prefill.sequences) for prefill in self._waiting)
+        return self._num_live - self._slots.num_held
 
     def add(self, request: GenerationRequest) -> None:
         """Put a request at the end of the queue. Raises ValueError when it can never run."""
@@ -61,6 +62,7 @@ class Scheduler:
         last, stop_token_ids = request.prompt_token_ids[-1], frozenset(request.stop_token_ids)
         sequences = [Sequence(request, sample, stop_token_ids, last) for sample in range(request.n)]
         self._live[request.request_id] = dict(enumerate(sequences))
+        self._num_live += request.n
         self._waiting.append(_start_prefill(sequences, array("q", request.prompt_token_ids)))
 
     def abort(self, request_id: str, sample: int | None = None) -> list[Event]:
@@ -119,6 +121,7 @@ class Scheduler:
         live = [sequence for samples in self._live.values() for sequence in samples.values()]
         placed = waiting + begun + list(self._running)
         assert len(placed) == len(set(placed)), "a sequence is in two phases"
+        assert len(live) == self._num_live, "live sequences are miscounted"
         assert set(placed) == set(live), "a live sequence is lost or a dead one kept"
         held = [sequence.slot for sequence in begun + list(self._running)]
         assert sorted(held) == sorted(self._slots.held), "slots and the sequences that hold them differ"
@@ -205,6 +208,7 @@ class Scheduler:
         if sequence.slot != SCRATCH_SLOT:
             self._slots.free(sequence.slot)
             sequence.slot = SCRATCH_SLOT
+        self._num_live -= 1
         samples = self._live[sequence.request.request_id]
         del samples[sequence.sample]
         if not samples:

@@ -204,6 +204,14 @@ async def test_a_model_that_cannot_be_loaded_is_a_start_error(faults: str, messa
     await client.stop(1)
 
 
+async def test_a_command_that_is_not_there_is_a_start_error(tmp_path: Path) -> None:
+    client = ProcessEngineClient(EngineConfig(""), command=(str(tmp_path / "nothing"),))
+    with pytest.raises(EngineStartError, match="could not be started"):
+        await client.start()
+    assert client.status is EngineStatus.STOPPED
+    await client.stop(1)
+
+
 async def test_stopping_while_it_loads_takes_no_time() -> None:
     client = make_client("slow_load=60")
     await client.start()

@@ -155,7 +155,10 @@ class ProcessEngineClient:
     def _launch(self) -> None:
         self._restart_handle = None
         self._last_beat = asyncio.get_running_loop().time()
-        self._child = EngineChild(self._command, self._config, self._on_report, self._on_exit)
+        try:
+            self._child = EngineChild(self._command, self._config, self._on_report, self._on_exit)
+        except OSError as error:
+            self._give_up(f"the engine process could not be started: {error}")
 
     async def _wait_for(self, event: asyncio.Event) -> None:
         waiter = asyncio.ensure_future(event.wait())

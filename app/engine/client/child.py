@@ -33,7 +33,7 @@ class EngineChild:
     """A started process. Made and used on one event loop, where its callbacks run; dies with the thread of that loop.
 
     ``on_report`` gets each message, ``on_exit`` the exit status (a negative signal number for a violent death) once,
-    after the last message.
+    after the last message. Raises OSError when it cannot be started.
     """
 
     def __init__(
@@ -62,7 +62,11 @@ class EngineChild:
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._read)
         arguments = Arguments(endpoint, os.getpid(), config).to_json()
-        self._process = subprocess.Popen([*command, arguments], stdin=subprocess.DEVNULL, env=_environment())
+        try:
+            self._process = subprocess.Popen([*command, arguments], stdin=subprocess.DEVNULL, env=_environment())
+        except OSError:
+            self._close()
+            raise
         threading.Thread(target=self._wait, name="engine-exit", daemon=True).start()
 
     @property
@@ -98,12 +102,15 @@ class EngineChild:
 
     def _finish(self, status: int) -> None:
         self._read(max_reads=None)
+        self._close()
+        self._exit.set_result(status)
+        self._on_exit(status)
+
+    def _close(self) -> None:
         self._loop.remove_reader(self._fd)
         self._socket.close()
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
-        self._exit.set_result(status)
-        self._on_exit(status)
 
     def _flush(self) -> None:
         commands, self._outbox = self._outbox, []
