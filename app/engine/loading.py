@@ -18,7 +18,9 @@ from mamba_core import MambaCache, MambaForCausalLM, checkpoints
 DEFAULT_PREFILL_BUDGET = {"cpu": 512, "cuda": 8192}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WARM_UP_TOKENS = 32
+
+# short enough to be scanned whole, long enough to be scanned in segments
+_WARM_UP_LENGTHS = (32, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,14 @@ def build_engine(model: MambaForCausalLM, config: EngineConfig, placement: Place
 
 def warm_up(engine: Engine, vocab_size: int) -> None:
     """Make the first steps, so that what is compiled or allocated once is so before the first request."""
-    prompt = tuple(index % vocab_size for index in range(_WARM_UP_TOKENS))
     sampling = SamplingParams(top_p=0.9, logprobs=0)
-    engine.submit(GenerationRequest("warm-up", prompt, sampling, max_tokens=2))
-    while engine.has_work:
-        for event in engine.step():
-            if getattr(event, "error", None):
-                raise RuntimeError("the model produced no usable token while warming up")
+    for length in _WARM_UP_LENGTHS:
+        prompt = tuple(index % vocab_size for index in range(length))
+        engine.submit(GenerationRequest("warm-up", prompt, sampling, max_tokens=2))
+        while engine.has_work:
+            for event in engine.step():
+                if getattr(event, "error", None):
+                    raise RuntimeError("the model produced no usable token while warming up")
 
 
 def _describe(model: MambaForCausalLM, placement: Placement, num_slots: int, bytes_per_slot: int) -> ModelInfo:

@@ -79,6 +79,7 @@ def compile_all() -> Iterator[dict[str, Any]]:
             "cubin_bytes": len(compiled.asm["cubin"]),
             "shared_bytes": compiled.metadata.shared,
             "shuffles": assembly.count("shfl.sync"),
+            "specialised": [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)],
         }
 
 

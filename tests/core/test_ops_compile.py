@@ -44,3 +44,8 @@ def test_states_of_a_channel_lie_in_one_thread(compiled: list[dict[str, Any]]) -
     # the layout that ``tiles`` promises: no exchange between threads in the forward scan
     scans = [record for record in compiled if record["kernel"] in ("scan_kernel", "scan_segment_kernel")]
     assert [(record["shuffles"], record["shared_bytes"]) for record in scans] == [(0, 0)] * 3
+
+
+def test_no_length_is_compiled_for(compiled: list[dict[str, Any]]) -> None:
+    varying = {"num_tokens", "num_rows", "num_segments", "segment_size", "slots_ptr"}
+    assert not [(record["kernel"], name) for record in compiled for name in varying & set(record["specialised"])]

@@ -1,4 +1,8 @@
-"""The ops as Triton kernels: compiled on an NVIDIA GPU, interpreted on a CPU where ``TRITON_INTERPRET=1`` is set."""
+"""The ops as Triton kernels: compiled on an NVIDIA GPU, interpreted on a CPU where ``TRITON_INTERPRET=1`` is set.
+
+No kernel is specialised on what changes from call to call, the numbers of tokens and rows and the alignment of a list
+of slots: a request must not wait for a compiler because it is the first of its length.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from mamba_core.ops.triton.math import sigmoid
 
 
-@triton.jit(do_not_specialize=["nothing"])
+@triton.jit(do_not_specialize=["num_tokens", "nothing"])
 def conv_backward_weight_kernel(
     x_ptr,
     weight_ptr,
@@ -70,7 +70,7 @@ def conv_backward_weight_kernel(
     tl.store(dbias_ptr + program * dim + d, dbias, mask=mask_d)
 
 
-@triton.jit(do_not_specialize=["nothing"])
+@triton.jit(do_not_specialize=["num_rows", "nothing"])
 def conv_backward_head_kernel(
     x_ptr,
     weight_ptr,
@@ -129,7 +129,7 @@ def conv_backward_head_kernel(
     tl.store(dbias_ptr + program * dim + d, dbias, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def conv_backward_input_kernel(
     dpre_ptr,
     weight_ptr,

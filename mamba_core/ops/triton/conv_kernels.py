@@ -12,7 +12,7 @@ import triton.language as tl
 from mamba_core.ops.triton.math import sigmoid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def conv_kernel(
     x_ptr,
     weight_ptr,
@@ -46,7 +46,7 @@ def conv_kernel(
     tl.store(y_ptr + t[:, None] * y_stride + d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_ptr"])
 def conv_head_kernel(
     x_ptr,
     weight_ptr,
@@ -97,7 +97,7 @@ def conv_head_kernel(
         tl.store(home + j, value, mask=d < some)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_ptr"])
 def conv_step_kernel(
     x_ptr,
     weight_ptr,

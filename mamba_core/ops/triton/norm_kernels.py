@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_kernel(
     x_ptr,
     residual_ptr,
@@ -48,7 +48,7 @@ def norm_kernel(
         tl.store(scale_ptr + row, scale, mask=mask_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_backward_kernel(
     v_ptr,
     scale_ptr,

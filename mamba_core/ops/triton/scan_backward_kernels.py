@@ -19,7 +19,7 @@ from mamba_core.ops.triton.math import LN_2, LOG2_E, sigmoid, softplus
 from mamba_core.ops.triton.tiles import group_offset, load_states, store_states
 
 
-@triton.jit(do_not_specialize=["nothing"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "nothing"])
 def scan_backward_kernel(
     x_ptr,
     dt_ptr,

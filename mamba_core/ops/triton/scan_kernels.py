@@ -13,7 +13,7 @@ from mamba_core.ops.triton.math import LOG2_E, sigmoid, softplus
 from mamba_core.ops.triton.tiles import group_offset, load_states, store_states
 
 
-@triton.jit(do_not_specialize=["nothing"])
+@triton.jit(do_not_specialize=["slots_ptr", "num_tokens", "num_segments", "segment_size", "nothing"])
 def scan_kernel(
     x_ptr,
     dt_ptr,
@@ -111,7 +111,7 @@ def scan_kernel(
         store_states(home_ptr, h, n, d, mask_d, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_segments", "segment_size"])
 def scan_segment_kernel(
     x_ptr,
     dt_ptr,
@@ -170,7 +170,7 @@ def scan_segment_kernel(
     tl.store(total_ptr + item * dim + d, total, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_ptr", "num_segments", "segment_size"])
 def scan_carry_kernel(
     a_ptr,
     state_ptr,
@@ -211,7 +211,7 @@ def scan_carry_kernel(
     tl.store(home, h.to(state_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_ptr"])
 def scan_step_kernel(
     x_ptr,
     dt_ptr,
