@@ -25,6 +25,7 @@ from app.logging import configure
 from app.metrics import ServerMetrics
 from app.serving.errors import Unavailable
 from app.serving.tokenizer import Tokenizer, TokenizerError
+from app.serving.tokenizer_source import find_tokenizer
 from app.settings import Settings
 
 EXIT_OK = 0
@@ -132,6 +133,10 @@ async def _serve(settings: Settings, make_engine: Callable[[EngineConfig], Manag
             await engine.stop(_STOP_SECONDS)
 
 
+def _load_tokenizer(name: str) -> Tokenizer:
+    return Tokenizer.from_dir(find_tokenizer(name))
+
+
 def _process_engine(config: EngineConfig) -> ManagedEngine:
     from app.engine.client import ProcessEngineClient
 
@@ -163,8 +168,7 @@ class Server:
         """From start to end. Raises EngineStartError, TokenizerError, StartError; the caller stops the engine."""
         if not await self._unless_ended(self._engine.start()):
             return EXIT_OK
-        tokenizer_dir = self._settings.tokenizer or self._engine.model_dir
-        tokenizer = await asyncio.to_thread(Tokenizer.from_dir, tokenizer_dir)
+        tokenizer = await asyncio.to_thread(_load_tokenizer, self._settings.tokenizer or self._engine.model_dir)
         self._listen()
         http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         try:

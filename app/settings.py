@@ -49,13 +49,7 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
 
 
-def _existing_directory(path: Path) -> Path:
-    if not path.is_dir():
-        raise ValueError(f"no such directory: {path}")
-    return path
-
-
-def _existing_model(name: str) -> str:
+def _directory_or_hub_id(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -74,10 +68,9 @@ def _not_a_bool(value: Any) -> Any:
 
 
 NonEmpty = Annotated[str, Field(min_length=1)]
-ModelName = Annotated[NonEmpty, AfterValidator(_existing_model)]
+DirectoryOrHubId = Annotated[NonEmpty, AfterValidator(_directory_or_hub_id)]
 Names = Annotated[tuple[NonEmpty, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
-ExistingDirectory = Annotated[Path, AfterValidator(_existing_directory)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
@@ -94,8 +87,12 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=False)
 
-    model: ModelName = _setting(..., "Model", "directory or hub id of the checkpoint; also accepted as the argument")
-    tokenizer: ExistingDirectory | None = _setting(None, "Model", "directory of the tokenizer, if not the model's")
+    model: DirectoryOrHubId = _setting(
+        ..., "Model", "directory or hub id of the checkpoint; also accepted as the argument"
+    )
+    tokenizer: DirectoryOrHubId | None = _setting(
+        None, "Model", "directory or hub id of the tokenizer, if the model has none of its own"
+    )
     revision: NonEmpty | None = _setting(None, "Model", "branch, tag or commit of a hub id")
     served_model_name: Names = _setting(
         (),

@@ -98,7 +98,7 @@ def _load(path: Path) -> Backend:
         raise TokenizerError(f"the tokenizer in {path} cannot be read: {error}") from error
     raise TokenizerError(
         f"{path} holds no tokenizer.json (and no vocab.json with merges.txt); "
-        "name a directory that does with --tokenizer"
+        "name a directory or hub id that does with --tokenizer"
     )
 
 
