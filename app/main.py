@@ -19,6 +19,7 @@ from prometheus_client import disable_created_metrics
 from app.api import Phase, ServerContext, create_app
 from app.api.protocol import ConnectionLimits, HttpProtocol
 from app.banner import ready_text
+from app.engine import garbage
 from app.engine.config import EngineConfig
 from app.engine.interface import EngineClient, EngineStartError
 from app.logging import configure
@@ -180,6 +181,7 @@ class Server:
     async def _work(self, tokenizer: Tokenizer) -> int:
         try:
             if await self._unless_ended(self._engine.wait_ready()):
+                garbage.settle()
                 self._context.open_for_requests(tokenizer)
                 self._announce()
                 await self._unless_ended(asyncio.Event().wait())

@@ -21,6 +21,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from app.engine import garbage
 from app.engine.config import EngineConfig
 from app.engine.interface import EngineStartError
 from app.engine.messages import (
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
         if started is None:
             return EXIT_START_FAILED
         engine, info = started
+        garbage.settle()
         channel.send(Ready(info, engine.stats))
         _serve(channel, Desk(engine))
         return 0
