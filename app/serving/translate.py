@@ -44,7 +44,7 @@ class Translator:
     ) -> PreparedCompletion:
         """Raises InvalidRequest and its kin."""
         started = time.monotonic()
-        self._check(body, info.vocab_size)
+        self._check(body, info)
         options = body.stream_options or StreamOptions()
         return PreparedCompletion(
             id=f"cmpl-{request_id}",
@@ -65,15 +65,17 @@ class Translator:
             has_continuous_usage=options.include_usage and options.continuous_usage_stats,
         )
 
-    def _check(self, body: CompletionRequest, vocab_size: int) -> None:
+    def _check(self, body: CompletionRequest, info: ModelInfo) -> None:
         refuse_unsupported(body.model_extra, body.n)
         num_prompts = len(split_prompts(body))
         if num_prompts > self._limits.max_prompts:
             raise InvalidRequest(f"'prompt' should hold at most {self._limits.max_prompts} prompts", param="prompt")
-        if body.n > self._limits.max_n:
-            raise InvalidRequest(f"'n' should be at most {self._limits.max_n}", param="n")
-        _check_ids(body.stop_token_ids, vocab_size, "stop_token_ids")
-        _check_ids(body.logit_bias, vocab_size, "logit_bias")
+        # the continuations of a prompt start together, each in a slot of its own
+        max_n = min(self._limits.max_n, info.max_num_seqs)
+        if body.n > max_n:
+            raise InvalidRequest(f"'n' should be at most {max_n}", param="n")
+        _check_ids(body.stop_token_ids, info.vocab_size, "stop_token_ids")
+        _check_ids(body.logit_bias, info.vocab_size, "logit_bias")
 
     def _prompts(self, body: CompletionRequest, info: ModelInfo, request_id: str) -> tuple[PreparedPrompt, ...]:
         prompts = split_prompts(body)

@@ -286,3 +286,11 @@ def test_scoring_alone_is_asked_of_the_engine_as_such(prepare: Prepare) -> None:
     assert echoed.prompt_logprobs == 0
     assert request_of(prepare(echo=True)).prompt_logprobs is None
     assert request_of(prepare(logprobs=2)).prompt_logprobs is None
+
+
+def test_continuations_that_have_no_slots_are_refused(engine: FakeEngine, make_service: Callable[..., Any]) -> None:
+    service, slots = make_service(max_n=64), engine.info.max_num_seqs
+    service.prepare(parse(n=slots), "r")
+    with pytest.raises(InvalidRequest, match=f"at most {slots}") as caught:
+        service.prepare(parse(n=slots + 1), "r")
+    assert caught.value.param == "n"
