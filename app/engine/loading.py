@@ -51,9 +51,9 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
         if placement.device.type == "cpu":
             keep_freed_memory()
         model_dir = checkpoints.resolve(config.model, config.revision)
-        checkpoints.inspect(model_dir)
+        checkpoint = checkpoints.inspect(model_dir)
         report_checked(str(model_dir))
-        model = checkpoints.load(model_dir, dtype=placement.dtype, device=placement.device)
+        model = checkpoints.load(checkpoint, dtype=placement.dtype, device=placement.device)
         engine, info = build_engine(model, config, placement)
         return engine, replace(info, model_dir=str(model_dir))
     except (checkpoints.CheckpointError, MemoryTooSmall) as error:

@@ -25,6 +25,7 @@ _MAMBA2_TENSORS = ("mixer.dt_bias", "mixer.norm.weight")
 class CheckpointInfo:
     """A checkpoint that fits its configuration. ``tensors`` are keyed by the model's parameter names."""
 
+    directory: Path
     layout: Layout
     config: MambaConfig
     tensors: Mapping[str, StoredTensor]
@@ -58,7 +59,7 @@ def inspect(path: Path | str) -> CheckpointInfo:
         # its mixer has a convolution bias whatever its configuration says
         config.use_conv_bias = "backbone.layers.0.mixer.conv1d.bias" in tensors
     _check_names(tensors, config)
-    return CheckpointInfo(layout, config, tensors)
+    return CheckpointInfo(directory, layout, config, tensors)
 
 
 def empty_model(config: MambaConfig) -> MambaForCausalLM:

@@ -24,27 +24,28 @@ logger = logging.getLogger(__name__)
 
 
 def load(
-    path: Path | str,
+    source: Path | str | CheckpointInfo,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     *,
     show_progress: bool = True,
 ) -> MambaForCausalLM:
-    """The model of a checkpoint's directory, in eval mode, its weights in ``dtype`` on ``device``.
+    """The model of a checkpoint, in eval mode, its weights in ``dtype`` on ``device``.
 
+    source: the checkpoint's directory, or what ``inspect`` found there, which is then not looked at once more.
     A_log and D stay in fp32. No more than one tensor exists twice at any time. The progress bar goes to stderr.
     Raises InvalidConfig, UnsupportedModel or InvalidWeights.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be a floating-point type of 16 to 64 bits, got {dtype}")
-    directory, info = Path(path), inspect(path)
+    info = source if isinstance(source, CheckpointInfo) else inspect(source)
     model = empty_model(info.config)
     # parameters made under inference mode could never be trained or watched for changes
     with torch.inference_mode(False):
         _fill(model, info, dtype, torch.device(device), show_progress)
     info.config.dtype = dtype
-    info.config.name_or_path = str(directory)
-    model.generation_config = _generation_config(directory, info)
+    info.config.name_or_path = str(info.directory)
+    model.generation_config = _generation_config(info)
     model.eval()
     return model
 
@@ -84,8 +85,8 @@ def _set(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(value))
 
 
-def _generation_config(directory: Path, info: CheckpointInfo) -> GenerationConfig:
-    settings = {}
+def _generation_config(info: CheckpointInfo) -> GenerationConfig:
+    directory, settings = info.directory, {}
     if (directory / GENERATION_CONFIG_FILE).exists():
         settings = read_json(directory, GENERATION_CONFIG_FILE)
     special = {"bos_token_id": info.config.bos_token_id, "pad_token_id": info.config.pad_token_id}
