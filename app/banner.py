@@ -22,7 +22,7 @@ def ready_text(settings: Settings, info: ModelInfo, port: int) -> str:
             f"{name}: {info.architecture}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype} on {info.device}",
             f"slots: {info.max_num_seqs} x {info.state_bytes_per_seq / _MIB:.1f} MiB",
             f"ready: {url}",
-            f"try:   {curl_command(url, name, has_key=bool(settings.read_api_keys()))}",
+            f"try:   {curl_command(url, name, has_key=bool(settings.api_key or settings.api_key_file))}",
         )
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -19,8 +18,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from app import __version__
-from app.engine.interface import EngineStatus
-from app.engine.request import EngineStats, ModelInfo
+from app.engine.interface import EngineClient, EngineStatus
+from app.engine.request import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -28,28 +27,10 @@ _LATENCY_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
 _GAP_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
-class EngineSource(Protocol):
-    """The part of an engine client that a scrape reads."""
-
-    @property
-    def status(self) -> EngineStatus: ...
-
-    @property
-    def info(self) -> ModelInfo: ...
-
-    @property
-    def stats(self) -> EngineStats: ...
-
-    @property
-    def num_restarts(self) -> int: ...
-
-    def heartbeat_age(self) -> float: ...
-
-
 class ServerMetrics:
     """All metrics of one server. Implements the observer of the serving room; labels never hold input."""
 
-    def __init__(self, engine: EngineSource, model_name: str, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, engine: EngineClient, model_name: str, is_ready: Callable[[], bool]) -> None:
         registry = CollectorRegistry()
         registry.register(EngineCollector(engine, model_name, is_ready))
         ProcessCollector(registry=registry)
@@ -113,7 +94,7 @@ class CheapHistogram(Collector):
 class EngineCollector(Collector):
     """Asks the engine client when a scrape comes, so that nothing has to be kept up to date in between."""
 
-    def __init__(self, engine: EngineSource, model_name: str, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, engine: EngineClient, model_name: str, is_ready: Callable[[], bool]) -> None:
         self._engine = engine
         self._model_name = model_name
         self._is_ready = is_ready
@@ -161,7 +142,7 @@ def _step_metrics(stats: EngineStats) -> Iterator[Metric]:
     )
 
 
-def _model_metrics(engine: EngineSource) -> Iterator[Metric]:
+def _model_metrics(engine: EngineClient) -> Iterator[Metric]:
     if engine.status is EngineStatus.STARTING:
         return
     info = engine.info
