@@ -131,7 +131,7 @@ class MambaModel(MambaPreTrainedModel):
             return hidden
         if cache is None:
             packing = dataclasses.replace(packing, slots=torch.arange(packing.num_rows, device=hidden.device))
-        elif self.training and any(block.gradient_checkpointing for block in self.layers):
+        elif self._is_recomputed:
             raise ValueError("a cache cannot be carried under gradient checkpointing: pass use_cache=False")
         residual: Tensor | None = None
         for index, block in enumerate(self.layers):
@@ -177,6 +177,11 @@ class MambaModel(MambaPreTrainedModel):
         output = MambaOutput(last, past_key_values=cache, hidden_states=hidden_states)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
+    @property
+    def _is_recomputed(self) -> bool:
+        """Whether the backward pass will run the blocks a second time."""
+        return bool(self.training and any(block.gradient_checkpointing for block in self.layers))
+
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return bool(self.config.return_dict if return_dict is None else return_dict)
 
@@ -199,8 +204,7 @@ class MambaModel(MambaPreTrainedModel):
             return cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        is_recomputed = self.training and any(block.gradient_checkpointing for block in self.layers)
-        if not use_cache or is_recomputed or embeds.shape[0] == 0:
+        if not use_cache or self._is_recomputed or embeds.shape[0] == 0:
             return None
         return MambaCache.from_config(self.config, embeds.shape[0], dtype=embeds.dtype, device=embeds.device)
 
