@@ -13,6 +13,7 @@ from app.engine.interface import EngineStartError
 from app.engine.memory import MemoryTooSmall, choose_max_num_seqs, keep_freed_memory
 from app.engine.request import GenerationRequest, ModelInfo, SamplingParams
 from app.engine.runner import Runner
+from app.engine.stages import stage
 from mamba_core import MambaCache, MambaForCausalLM, checkpoints
 
 DEFAULT_PREFILL_BUDGET = {"cpu": 512, "cuda": 8192}
@@ -50,10 +51,12 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
             torch.set_num_threads(config.num_threads)
         if placement.device.type == "cpu":
             keep_freed_memory()
-        model_dir = checkpoints.resolve(config.model, config.revision)
-        checkpoint = checkpoints.inspect(model_dir)
+        with stage("checking the checkpoint"):
+            model_dir = checkpoints.resolve(config.model, config.revision)
+            checkpoint = checkpoints.inspect(model_dir)
         report_checked(str(model_dir))
-        model = checkpoints.load(checkpoint, dtype=placement.dtype, device=placement.device)
+        with stage("loading the weights"):
+            model = checkpoints.load(checkpoint, dtype=placement.dtype, device=placement.device)
         engine, info = build_engine(model, config, placement)
         return engine, replace(info, model_dir=str(model_dir))
     except (checkpoints.CheckpointError, MemoryTooSmall) as error:
@@ -69,7 +72,8 @@ def build_engine(model: MambaForCausalLM, config: EngineConfig, placement: Place
     vocab_size = model.config.vocab_size
     budget = config.prefill_budget or DEFAULT_PREFILL_BUDGET[device.type]
     runner = Runner(model.eval(), cache, vocab_size)
-    warm_up(Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget), vocab_size)
+    with stage("warming up"):
+        warm_up(Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget), vocab_size)
     engine = Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget)
     return engine, _describe(model, placement, num_slots, cache.bytes_per_slot)
 

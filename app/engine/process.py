@@ -39,6 +39,7 @@ from app.engine.messages import (
     pack_events,
 )
 from app.engine.request import EngineStats, Event, FinishReason, GenerationRequest, ModelInfo, TokenEvent
+from app.engine.stages import stage
 
 logger = logging.getLogger(__name__)
 
@@ -201,8 +202,8 @@ def _start(
 
 
 def _default_loader() -> Loader:
-    from app.engine.loading import load_engine
-
+    with stage("importing"):
+        from app.engine.loading import load_engine
     return load_engine
 
 
