@@ -1,0 +1,114 @@
+"""Draws one token per row on a GPU in two launches that a CUDA graph can hold, from parameters kept per slot.
+
+The meaning is that of ``app.engine.sampler`` without bias and penalties, which the caller applies to the logits
+before; only a uniform within rounding of a boundary between two tokens may choose the other one.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from app.engine.fused_sampler_kernels import sampler_block_kernel, sampler_row_kernel
+from app.engine.host import to_device
+from app.engine.request import SamplingParams
+from app.engine.sampler import GREEDY_TEMPERATURE
+
+# logits of one program of the first kernel; the sums are made by these blocks whatever the number of rows
+_BLOCK = 1024
+# logits that one program of a filtered row looks at together
+_CHUNK = 2048
+_BLOCK_WARPS = 4
+_ROW_WARPS = 8
+
+_LARGEST_TOP_K = 2**31 - 1
+
+# of one slot: key, position, temperature, top_p, log of min_p, top_k
+_ENTRY = struct.Struct("=qqfffi")
+_ENTRY_WORDS = _ENTRY.size // 8
+
+
+class SlotSampling:
+    """How each slot's tokens are drawn, in tables [S] on the device.
+
+    ``temperature`` is 0 for greedy slots; ``top_k`` 0, ``top_p`` 1 and ``floors`` (the log of min_p) -inf are off;
+    ``keys`` are those of ``distribution.stream_key``; ``positions`` are those of the tokens drawn next. All are views
+    of one table, so that a slot lies in one place. A slot that was never written is greedy, the scratch slot 0 always
+    should be: several rows may share it.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self._device = device
+        self.table = torch.zeros(num_slots, _ENTRY_WORDS, dtype=torch.int64, device=device)
+        narrow = self.table.view(torch.float32)  # [S, 8]
+        self.keys, self.positions = self.table[:, 0], self.table[:, 1]
+        self.temperature, self.top_p, self.floors = narrow[:, 4], narrow[:, 5], narrow[:, 6]
+        self.top_k = self.table.view(torch.int32)[:, 7]
+
+    def write(
+        self, slots: Sequence[int], params: Sequence[SamplingParams], keys: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        """Set the entries of these slots, each named once, without waiting for the device."""
+        if not slots:
+            return
+        packed = array("q", slots)
+        for row in zip(params, keys, positions, strict=True):
+            packed.frombytes(_pack(*row))
+        numbers = to_device(packed, torch.int64, self._device)
+        rows = numbers[len(slots) :].view(len(slots), _ENTRY_WORDS)
+        self.table.index_copy_(0, numbers[: len(slots)], rows)
+
+
+def draw_tokens(logits: Tensor, slots: Tensor, tables: SlotSampling) -> tuple[Tensor, Tensor]:
+    """One token per row, and whether all logits of the row are finite; the positions of the slots advance by 1.
+
+    logits [B, V] fp32 or bf16, rows strided, not changed; slots [B] int64, distinct except for the scratch slot.
+    Returns tokens [B] int64, meaningless but in [0, V) where a logit is NaN or Inf, and is_finite [B] bool. The same
+    tokens for a row whatever the other rows are.
+    """
+    num_rows, num_tokens = logits.shape
+    if logits.stride(1) != 1 and num_tokens > 1:
+        raise ValueError("the logits of a row must be contiguous")
+    num_blocks = triton.cdiv(num_tokens, _BLOCK)
+    maxima, indices, sums = _scratch((num_rows, num_blocks), logits.device)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    is_finite = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
+    if num_rows == 0:
+        return tokens, is_finite
+    align = math.gcd(logits.stride(0), num_tokens, 16)
+    shared = (logits, slots, tables.table, maxima, indices, sums)
+    row_units = logits.stride(0) // align
+    sampler_block_kernel[(num_blocks, num_rows)](
+        *shared, row_units, V=num_tokens, ALIGN=align, BLOCK=_BLOCK, num_warps=_BLOCK_WARPS
+    )
+    sampler_row_kernel[(num_rows,)](
+        *shared,
+        tokens,
+        is_finite.view(torch.uint8),
+        row_units,
+        V=num_tokens,
+        ALIGN=align,
+        BLOCK=_BLOCK,
+        NUM_BLOCKS=num_blocks,
+        BLOCKS=triton.next_power_of_2(num_blocks),
+        CHUNK=_CHUNK,
+        num_warps=_ROW_WARPS,
+    )
+    return tokens, is_finite
+
+
+def _scratch(shape: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
+    """What the first kernel leaves for the second: maxima, their indices, sums of weights."""
+    return (torch.empty(shape, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32, torch.float64))
+
+
+def _pack(params: SamplingParams, key: int, position: int) -> bytes:
+    temperature = params.temperature if params.temperature >= GREEDY_TEMPERATURE else 0.0
+    floor = math.log(params.min_p) if params.min_p > 0 else -math.inf
+    return _ENTRY.pack(key, position, temperature, params.top_p, floor, min(params.top_k, _LARGEST_TOP_K))

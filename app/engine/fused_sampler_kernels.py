@@ -1,0 +1,316 @@
+"""Triton kernels that draw one token per row of logits; ``app.engine.fused_sampler`` launches them.
+
+A row of V logits is cut into blocks of BLOCK. The first kernel reads every logit once and leaves per block the maximum
+m, its index, and for rows drawn at random the sum of exp((x - m) / temperature). The second takes one row per program:
+it joins the blocks, and a greedy row is done. A random row chooses a block by the blocks' sums and reads only that
+block again. A filtered row first finds the least logit that is kept, by a search that streams the row.
+
+Weights are fp32, sums of weights fp64. No result depends on how many rows there are.
+"""
+
+# mypy: ignore-errors
+# Triton's language is not Python's type system
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+# beyond so many powers of two below the maximum, a weight is 0 in fp32
+REACH = tl.constexpr(160.0)
+
+# those of ``distribution.uniforms``
+INCREMENT = tl.constexpr(0x9E3779B97F4A7C15)
+FIRST_FACTOR = tl.constexpr(0xBF58476D1CE4E5B9)
+SECOND_FACTOR = tl.constexpr(0x94D049BB133111EB)
+
+# how often the search divides its interval evenly in value, before it divides evenly in representable numbers
+EVEN_STEPS = tl.constexpr(12)
+
+
+@triton.jit
+def uniform(key, position):
+    """``distribution.uniforms`` of one int64 key and position, to the bit."""
+    x = key.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64, bitcast=True) * INCREMENT
+    x = (x ^ (x >> 30)) * FIRST_FACTOR
+    x = (x ^ (x >> 27)) * SECOND_FACTOR
+    x = x ^ (x >> 31)
+    return (x >> 16).to(tl.int64).to(tl.float64) * 3.552713678800501e-15
+
+
+@triton.jit
+def low_float(word):
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def order(x):
+    """An int32 that is ordered as the fp32 is; ``from_order`` is its inverse."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def from_order(bits):
+    bits = bits.to(tl.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rate_of(temperature):
+    """log2(e) / temperature as the sum of two fp32, and the distance from the maximum at which weights end."""
+    rate = LOG2_E / temperature.to(tl.float64)
+    high = rate.to(tl.float32)
+    rest = (rate - high.to(tl.float64)).to(tl.float32)
+    return high, rest, tl.minimum(REACH / rate, -LOWEST).to(tl.float32)
+
+
+@triton.jit
+def weight_of(distance, rate, rest):
+    """exp(-distance / temperature), to within the error of exp2; the power's rounding error is made good."""
+    power = distance * rate
+    error = tl.fma(distance, rate, -power) + distance * rest
+    weight = tl.exp2(-power)
+    return weight - weight * (error * LN_2)
+
+
+@triton.jit
+def kept_weights(x, mask, maximum, limit, temperature):
+    """The weights of logits that are at most ``limit`` temperatures below the maximum, 0 for the others."""
+    rate, rest, reach = rate_of(temperature)
+    distance = tl.minimum(maximum - x, reach)
+    # divided as the filters of ``distribution`` do, so that the same logits tie
+    is_kept = mask & (tl.div_rn(distance, temperature) <= limit)
+    return tl.where(is_kept, weight_of(distance, rate, rest), 0.0)
+
+
+@triton.jit
+def load_logits(row_ptr, start, V: tl.constexpr, SIZE: tl.constexpr):
+    """SIZE logits from ``start`` on in fp32, and which of them exist; the others are the lowest number."""
+    token = start + tl.arange(0, SIZE)
+    mask = token < V
+    return tl.load(row_ptr + token, mask=mask, other=LOWEST).to(tl.float32), mask
+
+
+@triton.jit(do_not_specialize=["row_units"])
+def sampler_block_kernel(
+    logits_ptr,
+    slots_ptr,
+    table_ptr,
+    maxima_ptr,
+    indices_ptr,
+    sums_ptr,
+    row_units,
+    V: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Per block of a row: the maximum, its first index, inverted where a logit is not finite, and the sum of weights.
+
+    maxima, indices, sums [B, blocks]; the row stride of the logits is ``row_units`` * ALIGN.
+    """
+    block = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    out = row * tl.num_programs(0) + block
+    word = tl.load(table_ptr + tl.load(slots_ptr + row) * 4 + 2)
+    x, mask = load_logits(logits_ptr + row * row_units * ALIGN, block * BLOCK, V, BLOCK)
+    is_finite = tl.abs(x) <= -LOWEST
+    x = tl.where(is_finite, x, LOWEST)
+    maximum, index = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    is_broken = tl.max((~is_finite).to(tl.int32), axis=0)
+    index += block * BLOCK
+    tl.store(maxima_ptr + out, maximum)
+    tl.store(indices_ptr + out, tl.where(is_broken > 0, -1 - index, index))
+    temperature = low_float(word)
+    if temperature > 0:
+        rate, rest, reach = rate_of(temperature)
+        weights = tl.where(mask, weight_of(tl.minimum(maximum - x, reach), rate, rest), 0.0)
+        tl.store(sums_ptr + out, tl.sum(weights.to(tl.float64), axis=0))
+
+
+@triton.jit
+def threshold_of(row_ptr, maximum, lowest, target, is_count, temperature, V: tl.constexpr, CHUNK: tl.constexpr):
+    """The greatest logit x for which the logits from x up number ``target``, or weigh as much; not below ``lowest``.
+
+    The search keeps low <= order(x) < high. Each pass over the row sums at three levels between the two, and draws
+    both in to logits that exist, so that it ends as soon as one distinct logit is left.
+    """
+    rate, rest, reach = rate_of(temperature)
+    low = order(lowest).to(tl.int64)
+    high = order(maximum).to(tl.int64) + 1
+    step = 0
+    while low + 1 < high:
+        # a first look at where most thresholds lie
+        level_1 = order(tl.maximum(maximum - 18.0 * temperature, LOWEST)).to(tl.int64)
+        level_2 = order(tl.maximum(maximum - 6.0 * temperature, LOWEST)).to(tl.int64)
+        level_3 = order(tl.maximum(maximum - 2.0 * temperature, LOWEST)).to(tl.int64)
+        if step > 0:
+            level_1 = low + (high - low) // 4
+            level_2 = low + (high - low) // 2
+            level_3 = high - (high - low) // 4
+            if step <= EVEN_STEPS:
+                bottom = from_order(low)
+                quarter = from_order(high - 1) * 0.25 - bottom * 0.25
+                level_1 = order(bottom + quarter).to(tl.int64)
+                level_2 = order(bottom + quarter * 2).to(tl.int64)
+                level_3 = order(bottom + quarter * 3).to(tl.int64)
+        step += 1
+        level_1 = tl.minimum(tl.maximum(level_1, low + 1), high - 1)
+        level_2 = tl.minimum(tl.maximum(level_2, low + 1), high - 1)
+        level_3 = tl.minimum(tl.maximum(level_3, low + 1), high - 1)
+        first, second, third = level_1.to(tl.int32), level_2.to(tl.int32), level_3.to(tl.int32)
+        bottom_order, top_order = low.to(tl.int32), (high - 1).to(tl.int32)
+        sums_1 = tl.zeros([CHUNK], dtype=tl.float32)
+        sums_2 = tl.zeros([CHUNK], dtype=tl.float32)
+        sums_3 = tl.zeros([CHUNK], dtype=tl.float32)
+        least = tl.full([CHUNK], 0x7FFFFFFF, dtype=tl.int32)
+        most = tl.full([CHUNK], -0x80000000, dtype=tl.int32)
+        for start in range(0, V, CHUNK):
+            x, mask = load_logits(row_ptr, start, V, CHUNK)
+            position = order(x)
+            share = tl.where(is_count, 1.0, weight_of(tl.minimum(maximum - x, reach), rate, rest))
+            share = tl.where(mask, share, 0.0)
+            sums_1 += tl.where(position >= first, share, 0.0)
+            sums_2 += tl.where(position >= second, share, 0.0)
+            sums_3 += tl.where(position >= third, share, 0.0)
+            is_between = mask & (position >= bottom_order) & (position <= top_order)
+            least = tl.minimum(least, tl.where(is_between, position, 0x7FFFFFFF))
+            most = tl.maximum(most, tl.where(is_between, position, -0x80000000))
+        reaches_1 = tl.sum(sums_1.to(tl.float64), axis=0) >= target
+        reaches_2 = tl.sum(sums_2.to(tl.float64), axis=0) >= target
+        reaches_3 = tl.sum(sums_3.to(tl.float64), axis=0) >= target
+        least_order = tl.min(least, axis=0).to(tl.int64)
+        most_order = tl.max(most, axis=0).to(tl.int64)
+        if least_order >= most_order:
+            low = tl.where(least_order == most_order, most_order, low)
+            high = low + 1
+        else:
+            high = tl.where(reaches_1, tl.where(reaches_2, tl.where(reaches_3, high, level_3), level_2), level_1)
+            low = tl.where(reaches_3, level_3, tl.where(reaches_2, level_2, tl.where(reaches_1, level_1, low)))
+            low = tl.maximum(low, least_order)
+            high = tl.maximum(tl.minimum(high, most_order + 1), low + 1)
+    return from_order(low)
+
+
+@triton.jit
+def kept_sums(
+    row_ptr,
+    row_maxima_ptr,
+    maximum,
+    limit,
+    temperature,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Per block, the sum of the weights of logits that are at most ``limit`` temperatures below the maximum."""
+    reach = rate_of(temperature)[2]
+    blocks = tl.arange(0, BLOCKS)
+    sums = tl.zeros([BLOCKS], dtype=tl.float64)
+    for block in range(NUM_BLOCKS):
+        if tl.div_rn(tl.minimum(maximum - tl.load(row_maxima_ptr + block), reach), temperature) <= limit:
+            x, mask = load_logits(row_ptr, block * BLOCK, V, BLOCK)
+            weights = kept_weights(x, mask, maximum, limit, temperature)
+            sums = tl.where(blocks == block, tl.sum(weights.to(tl.float64), axis=0), sums)
+    return sums
+
+
+@triton.jit
+def first_above(weights, target, SIZE: tl.constexpr):
+    """Where the running sum of fp64 weights first exceeds the target: never a weight of 0, -1 if all are 0.
+
+    A parallel running sum may fall by a rounding error, so the weight itself is asked as well.
+    """
+    index = tl.arange(0, SIZE)
+    has_weight = weights > 0
+    first = tl.min(tl.where(has_weight & (tl.cumsum(weights, axis=0) > target), index, SIZE), axis=0)
+    return tl.minimum(first, tl.max(tl.where(has_weight, index, -1), axis=0))
+
+
+@triton.jit(do_not_specialize=["row_units"])
+def sampler_row_kernel(
+    logits_ptr,
+    slots_ptr,
+    table_ptr,
+    maxima_ptr,
+    indices_ptr,
+    sums_ptr,
+    tokens_ptr,
+    is_finite_ptr,
+    row_units,
+    V: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One token per row from what ``sampler_block_kernel`` left; the positions of the rows' slots advance by 1."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_units * ALIGN
+    entry_ptr = table_ptr + tl.load(slots_ptr + row) * 4
+    position = tl.load(entry_ptr + 1)
+    word = tl.load(entry_ptr + 2)
+    temperature = low_float(word)
+    blocks = tl.arange(0, BLOCKS)
+    mask_blocks = blocks < NUM_BLOCKS
+    maxima = tl.load(maxima_ptr + row * NUM_BLOCKS + blocks, mask=mask_blocks, other=LOWEST)
+    indices = tl.load(indices_ptr + row * NUM_BLOCKS + blocks, mask=mask_blocks, other=0x7FFFFFFF)
+    is_finite = tl.min(indices, axis=0) >= 0
+    indices = tl.where(indices < 0, -1 - indices, indices)
+    maximum = tl.max(maxima, axis=0)
+    token = tl.min(tl.where(maxima == maximum, indices, 0x7FFFFFFF), axis=0)
+    if (temperature > 0) & is_finite:
+        rate, rest, reach = rate_of(temperature)
+        limits = tl.load(entry_ptr + 3)
+        top_p = low_float(word >> 32)
+        top_k = (limits >> 32).to(tl.int32)
+        limit = -low_float(limits)
+        sums = tl.load(sums_ptr + row * NUM_BLOCKS + blocks, mask=mask_blocks, other=0.0)
+        sums = sums * weight_of(tl.minimum(maximum - maxima, reach), rate, rest).to(tl.float64)
+        is_limited = (top_k > 0) & (top_k < V)
+        if is_limited | (top_p < 1) | (limit < REACH):
+            # whatever is further below weighs nothing
+            lowest = tl.maximum(maximum - reach, LOWEST)
+            farthest = -LOWEST
+            if is_limited:
+                lowest = threshold_of(row_ptr, maximum, lowest, top_k.to(tl.float64), True, temperature, V, CHUNK)
+                farthest = tl.div_rn(maximum - lowest, temperature)
+                if top_p < 1:
+                    sums = kept_sums(
+                        row_ptr,
+                        maxima_ptr + row * NUM_BLOCKS,
+                        maximum,
+                        farthest,
+                        temperature,
+                        V,
+                        BLOCK,
+                        NUM_BLOCKS,
+                        BLOCKS,
+                    )
+            if top_p < 1:
+                mass = top_p.to(tl.float64) * tl.sum(sums, axis=0)
+                lowest = threshold_of(row_ptr, maximum, lowest, mass, False, temperature, V, CHUNK)
+                farthest = tl.div_rn(maximum - lowest, temperature)
+            limit = tl.minimum(limit, farthest)
+            sums = kept_sums(
+                row_ptr, maxima_ptr + row * NUM_BLOCKS, maximum, limit, temperature, V, BLOCK, NUM_BLOCKS, BLOCKS
+            )
+        target = uniform(tl.load(entry_ptr), position) * tl.sum(sums, axis=0)
+        block = tl.maximum(first_above(sums, target, BLOCKS), 0)
+        before = tl.sum(tl.where(blocks < block, sums, 0.0), axis=0)
+        inside = tl.sum(tl.where(blocks == block, sums, 0.0), axis=0)
+        x, mask = load_logits(row_ptr, block * BLOCK, V, BLOCK)
+        weights = kept_weights(x, mask, maximum, limit, temperature).to(tl.float64)
+        offset = first_above(weights, (target - before) / inside * tl.sum(weights, axis=0), BLOCK)
+        token = tl.where(offset >= 0, block * BLOCK + offset, token)
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(is_finite_ptr + row, is_finite.to(tl.uint8))
+    # every warp has read the position before it changes
+    tl.debug_barrier()
+    tl.store(entry_ptr + 1, position + 1)
