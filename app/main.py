@@ -86,6 +86,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         prefill_budget=settings.prefill_budget,
         memory_fraction=settings.memory_fraction,
         num_threads=settings.num_threads,
+        cuda_graphs=settings.cuda_graphs,
     )
 
 

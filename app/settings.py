@@ -114,6 +114,7 @@ class Settings(BaseSettings):
         0.5, "Engine", "share of the free device memory that states may take", gt=0, le=1, allow_inf_nan=False
     )
     num_threads: Count | None = _setting(None, "Engine", "CPU threads of the engine; torch's own choice when not given")
+    cuda_graphs: bool = _setting(True, "Engine", "false: decode steps on a GPU are launched kernel by kernel, slowly")
 
     host: NonEmpty = _setting("127.0.0.1", "Server", "address to listen on; 0.0.0.0 for every interface")
     port: Annotated[int, BeforeValidator(_not_a_bool)] = _setting(

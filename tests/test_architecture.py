@@ -32,7 +32,9 @@ PROJECT_ARROWS: Mapping[str, tuple[str, ...]] = {
 BOUNDARY = ("app.engine.client", "app.engine.process", "app.engine.messages")
 
 # the scheduler, the books of the slots and the records: no tensor in sight
-PURE = tuple(f"app.engine.{name}" for name in ("scheduler", "slots", "sequence", "request", "config", "interface"))
+PURE = tuple(
+    f"app.engine.{name}" for name in ("scheduler", "share", "slots", "sequence", "request", "config", "interface")
+)
 
 # libraries that have one place; a library that is not named here may be used by every room that has no allow list
 ONLY_IN: Mapping[str, tuple[str, ...]] = {

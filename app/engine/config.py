@@ -13,6 +13,7 @@ class EngineConfig:
     state_dtype: dtype of the SSM state. device: "auto", "cpu", "cuda", "cuda:1". max_num_seqs: rows that run at once,
     None to compute it from memory. prefill_budget: prompt tokens taken into one step. memory_fraction: share of the
     free device memory that states may take when max_num_seqs is None. num_threads: CPU threads, None for torch's own.
+    cuda_graphs: whether decode steps are captured; without, each operation is launched on its own.
     """
 
     model: str
@@ -24,3 +25,4 @@ class EngineConfig:
     prefill_budget: int | None = None
     memory_fraction: float = 0.5
     num_threads: int | None = None
+    cuda_graphs: bool = True

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from app.engine.request import EngineStats, Event, GenerationRequest
-from app.engine.runner import Runner
 from app.engine.scheduler import Scheduler
-from app.engine.sequence import StepPlan
+from app.engine.sequence import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,34 @@ class RequestRefused(ValueError):
     """A request that can never run; the message says why."""
 
 
+class StepRunner(Protocol):
+    """What the engine asks of a runner; see ``runner.Runner``. A pending step is the runner's own affair."""
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether a step goes on after ``launch`` has returned, so that the next may be launched behind it."""
+
+    def launch(self, plan: StepPlan) -> Any:
+        """Start a step; at most one other may be pending. If it raises, all states are suspect."""
+
+    def collect(self, pending: Any) -> StepResult:
+        """Wait for a step, in the order in which they were launched. If it raises, all states are suspect."""
+
+    def forget(self) -> None:
+        """Drop everything that is kept between steps, apart from the states in the cache."""
+
+    def probe(self) -> None:
+        """Raise what the device raises when it no longer works at all."""
+
+    def prepare_more(self) -> bool:
+        """Use an idle moment to get ready for steps to come; whether anything was left to do."""
+
+
 class Engine:
     """Continuous batching over one runner.
+
+    Over an asynchronous runner a step is launched before the results of the one before are read, so that the device
+    never waits for the host. ``step`` then returns the events of the step before the one that it launches.
 
     ``before_step`` is called with every plan before it is executed, and what it raises counts as raised by the step:
     the seam through which tests inject faults.
@@ -29,7 +55,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         *,
         num_slots: int,
         vocab_size: int,
@@ -41,6 +67,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._before_step = before_step
         self._events: list[Event] = []
+        self._in_flight: tuple[StepPlan, Any] | None = None
         self._num_joint_failures = 0
         self._num_steps = 0
         self._num_prefill_tokens = 0
@@ -51,7 +78,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do or deliver anything."""
-        return bool(self._events) or self._scheduler.has_work
+        return bool(self._events) or self._in_flight is not None or self._scheduler.has_work
 
     @property
     def stats(self) -> EngineStats:
@@ -83,33 +110,54 @@ class Engine:
     def step(self) -> list[Event]:
         """Prompt tokens of waiting sequences, then one token of every running one. Does not raise for bad requests."""
         events, self._events = self._events, []
-        if not self._scheduler.has_work:
-            return events
+        flights = [] if self._in_flight is None else [self._in_flight]
+        self._in_flight = None
         plan = self._scheduler.plan()
+        plans = [earlier for earlier, _ in flights] + ([] if plan.is_empty else [plan])
         try:
-            if self._before_step is not None:
-                self._before_step(plan)
-            result = self._runner.execute(plan)
+            if not plan.is_empty:
+                flights.append((plan, self._launch(plan)))
+                # who is under suspicion must be found out alone
+                if self._runner.is_asynchronous and not plan.is_solo:
+                    self._in_flight = flights.pop()
+            results = [(made, self._runner.collect(pending)) for made, pending in flights]
         except Exception as error:
-            logger.exception("a step with %d rows and %d chunks failed", len(plan.rows), len(plan.chunks))
-            return events + self._survive(plan, error)
-        self._count(plan)
-        return events + self._scheduler.commit(plan, result)
+            sizes = [(len(plan.rows), len(plan.chunks)) for plan in plans]
+            logger.exception("a step failed; rows and chunks in flight: %s", sizes)
+            self._in_flight = None
+            return events + self._survive(plans, error)
+        for made, result in results:
+            self._count(made)
+            events += self._scheduler.commit(made, result)
+        return events
+
+    def prepare_more(self) -> bool:
+        """Use a moment without work to get ready for steps to come; whether anything was left to do."""
+        return self._runner.prepare_more()
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the books do not balance."""
         self._scheduler.check_integrity()
 
-    def _survive(self, plan: StepPlan, error: Exception) -> list[Event]:
-        """Fail what fails alone; otherwise have every sequence tried alone. Raises when the device is gone."""
+    def _launch(self, plan: StepPlan) -> Any:
+        if self._before_step is not None:
+            self._before_step(plan)
+        return self._runner.launch(plan)
+
+    def _survive(self, plans: list[StepPlan], error: Exception) -> list[Event]:
+        """Fail what fails alone; otherwise have every sequence tried alone. Raises when the device is gone.
+
+        The steps in flight are given up together: which of them broke a device cannot be told.
+        """
         self._runner.probe()
         self._runner.forget()
-        is_alone = len({sequence.request.request_id for sequence in plan.members}) == 1
+        is_alone = len({sequence.request.request_id for plan in plans for sequence in plan.members}) == 1
         self._num_joint_failures += not is_alone
         events: list[Event] = []
         if is_alone or self._num_joint_failures > MAX_JOINT_FAILURES:
             self._num_joint_failures = 0
-            events = self._scheduler.fail(plan, f"the engine failed on this request ({type(error).__name__})")
+            message = f"the engine failed on this request ({type(error).__name__})"
+            events = [event for plan in plans for event in self._scheduler.fail(plan, message)]
         self._scheduler.recover()
         return events
 

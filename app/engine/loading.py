@@ -13,6 +13,7 @@ from app.engine.interface import EngineStartError
 from app.engine.memory import MemoryTooSmall, choose_max_num_seqs, keep_freed_memory
 from app.engine.request import GenerationRequest, ModelInfo, SamplingParams
 from app.engine.runner import Runner
+from app.engine.slot_decoder import cuda_decoder
 from app.engine.stages import stage
 from mamba_core import MambaCache, MambaForCausalLM, checkpoints
 
@@ -71,7 +72,12 @@ def build_engine(model: MambaForCausalLM, config: EngineConfig, placement: Place
     cache = MambaCache.from_config(model.config, num_slots + 1, dtype=dtype, state_dtype=state_dtype, device=device)
     vocab_size = model.config.vocab_size
     budget = config.prefill_budget or DEFAULT_PREFILL_BUDGET[device.type]
-    runner = Runner(model.eval(), cache, vocab_size)
+    model.eval()
+    decoder = None
+    if device.type == "cuda":
+        decoder = cuda_decoder(model, cache, vocab_size, cuda_graphs=config.cuda_graphs)
+    runner = Runner(model, cache, vocab_size, decoder)
+    runner.start()
     with stage("warming up"):
         warm_up(Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget), vocab_size)
     engine = Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget)

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from app.engine.host import to_device
 from app.engine.request import TokenLogprobs
+from app.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobRows:
+    """Rows whose log-probabilities are wanted, on the device and on the host, and how many of the likeliest each."""
+
+    rows: Tensor
+    host_rows: tuple[int, ...]
+    nums_top: tuple[int, ...]
+
+
+def logprob_rows(sequences: Rows[Sequence], device: torch.device) -> LogprobRows | None:
+    """The rows of a batch that want log-probabilities; None when none does."""
+    wanted = [(row, s.request.sampling.logprobs) for row, s in enumerate(sequences)]
+    chosen = [(row, num_top) for row, num_top in wanted if num_top is not None]
+    if not chosen:
+        return None
+    rows, nums_top = zip(*chosen, strict=True)
+    return LogprobRows(to_device(array("q", rows), torch.int64, device), rows, nums_top)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
@@ -23,7 +47,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
     return torch.cat([chosen.double(), (top.values - normalizer).double(), top.indices.double()], dim=1)
 
 
-def to_records(packed: Tensor, nums_top: Sequence[int]) -> Iterator[TokenLogprobs | None]:
+def to_records(packed: Tensor, nums_top: Rows[int]) -> Iterator[TokenLogprobs | None]:
     """The rows of ``token_logprobs`` as records, each with its own number of likeliest; None for NaN or Inf."""
     for row, num_top in zip(packed.tolist(), nums_top, strict=True):
         middle = (len(row) + 1) // 2

@@ -65,6 +65,8 @@ class SteppingEngine(Protocol):
 
     def step(self) -> list[Event]: ...
 
+    def prepare_more(self) -> bool: ...
+
     def check_integrity(self) -> None: ...
 
 
@@ -135,6 +137,10 @@ class Desk:
                 self._finish_sample(event.request_id)
         return report
 
+    def prepare_more(self) -> bool:
+        """Use an idle moment; whether there may be a use for another."""
+        return self._engine.prepare_more()
+
     def idle(self) -> Report:
         self._engine.check_integrity()
         return Beat(self._engine.stats)
@@ -177,14 +183,23 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
 
 
 def _serve(channel: Channel, desk: Desk) -> None:
-    """Drain the inbox, step, report: until told to stop. Without work it waits for commands and beats."""
+    """Drain the inbox, step, report: until told to stop.
+
+    Without work it prepares for steps to come, bit by bit, and when that is done waits for commands and beats.
+    """
+    may_prepare = True
     while True:
-        commands = channel.receive(0 if desk.has_work else BEAT_SECONDS)
+        commands = channel.receive(0 if desk.has_work or may_prepare else BEAT_SECONDS)
         for command in commands:
             if isinstance(command, Stop):
                 return
             desk.apply(command)
-        channel.send(desk.step() if desk.has_work else desk.idle())
+        if desk.has_work:
+            channel.send(desk.step())
+            may_prepare = True
+        else:
+            may_prepare = desk.prepare_more()
+            channel.send(desk.idle())
 
 
 def _start(

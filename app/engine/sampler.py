@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from app.engine import distribution
+from app.engine.adjustments import AdjustedRows, Adjuster, is_adjusted
 from app.engine.host import to_device
-from app.engine.logprobs import token_logprobs
-from app.engine.penalties import PenaltyRows, TokenCounts
+from app.engine.logprobs import LogprobRows, logprob_rows, token_logprobs
 from app.engine.request import SamplingParams
 from app.engine.sequence import Sequence
 
@@ -44,24 +44,6 @@ class RandomRows:
     filters: FilterRows | None
 
 
-@dataclass(frozen=True, slots=True)
-class BiasCells:
-    """What is added to single logits: row, token and value of each."""
-
-    rows: Tensor
-    tokens: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class LogprobRows:
-    """Rows whose log-probabilities are wanted, on the device and on the host, and how many of the likeliest each."""
-
-    rows: Tensor
-    host_rows: tuple[int, ...]
-    nums_top: tuple[int, ...]
-
-
 @dataclass(slots=True)
 class SamplingBatch:
     """The parameters of a batch as tensors; a part that no row asks for is None and costs nothing.
@@ -71,8 +53,7 @@ class SamplingBatch:
 
     random: RandomRows | None
     positions: Tensor
-    bias: BiasCells | None
-    penalties: PenaltyRows | None
+    adjusted: AdjustedRows | None
     logprobs: LogprobRows | None
 
 
@@ -91,43 +72,46 @@ class Sampler:
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self._device = device
         self._vocab_size = vocab_size
-        self._counts = TokenCounts(num_slots, vocab_size, device)
+        self._adjuster = Adjuster(num_slots, vocab_size, device)
 
     def forget(self) -> None:
         """Rebuild what is kept per slot from the sequences themselves."""
-        self._counts.forget()
+        self._adjuster.forget()
 
-    def prepare(self, rows: tuple[Sequence, ...]) -> SamplingBatch:
-        """The parameters of these rows, in this order."""
-        params = [sequence.request.sampling for sequence in rows]
-        drawn = [row for row, p in enumerate(params) if p.temperature >= GREEDY_TEMPERATURE]
-        positions = self._integers(rows[row].position for row in drawn)
+    def prepare(self, rows: tuple[Sequence, ...], positions: Tensor | None = None) -> SamplingBatch:
+        """The parameters of these rows, in this order.
+
+        ``positions`` [B] are those of the tokens to be drawn next; those of the sequences when not given, which is
+        right while nothing is in flight.
+        """
+        temperatures = [sequence.request.sampling.temperature for sequence in rows]
+        drawn = [row for row, temperature in enumerate(temperatures) if temperature >= GREEDY_TEMPERATURE]
+        random = self._random_rows(rows, drawn) if drawn else None
+        if positions is None:
+            positions = self._integers(rows[row].position for row in drawn)
+        elif random is not None and random.rows is not None:
+            positions = positions[random.rows]
+        is_plain = not any(is_adjusted(sequence.request.sampling) for sequence in rows)
         return SamplingBatch(
-            self._random_rows(rows, drawn) if drawn else None,
+            random,
             positions,
-            self._bias_cells(params),
-            self._penalty_rows(rows),
-            self._logprob_rows(params),
+            None if is_plain else self._adjuster.prepare(rows),
+            logprob_rows(rows, self._device),
         )
 
     def draw(self, logits: Tensor, batch: SamplingBatch) -> Draw:
         """One token per row of logits [B, V] float32, which are changed in place."""
         is_finite = logits.sum(-1).isfinite()
         raw = logits[batch.logprobs.rows] if batch.logprobs else None
-        self._adjust(logits, batch)
+        if batch.adjusted:
+            self._adjuster.apply(logits, batch.adjusted)
         tokens = self._choose(logits, batch)
-        if batch.penalties:
-            self._counts.add(batch.penalties, tokens[batch.penalties.rows])
+        if batch.adjusted:
+            self._adjuster.count(tokens, batch.adjusted)
         logprobs = None
         if batch.logprobs and raw is not None:
             logprobs = token_logprobs(raw, tokens[batch.logprobs.rows], max(batch.logprobs.nums_top))
         return Draw(tokens, is_finite, logprobs)
-
-    def _adjust(self, logits: Tensor, batch: SamplingBatch) -> None:
-        if batch.bias:
-            logits[batch.bias.rows, batch.bias.tokens] += batch.bias.values
-        if batch.penalties:
-            self._counts.apply(logits, batch.penalties)
 
     def _choose(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         random = batch.random
@@ -161,44 +145,11 @@ class Sampler:
         top_p = self._floats(params[row].top_p for row in rows)
         return FilterRows(self._integers(rows), self._integers(top_k), top_p, num_candidates)
 
-    def _bias_cells(self, params: list[SamplingParams]) -> BiasCells | None:
-        cells = [(row, token, value) for row, p in enumerate(params) for token, value in p.logit_bias]
-        if not cells:
-            return None
-        rows, tokens, values = zip(*cells, strict=True)
-        return BiasCells(self._integers(rows), self._integers(tokens), self._floats(values))
-
-    def _penalty_rows(self, sequences: tuple[Sequence, ...]) -> PenaltyRows | None:
-        rows = [row for row, sequence in enumerate(sequences) if _is_penalised(sequence.request.sampling)]
-        if not rows:
-            return None
-        penalised = [sequences[row] for row in rows]
-        self._counts.begin(penalised)
-        params = [sequence.request.sampling for sequence in penalised]
-        return PenaltyRows(
-            self._integers(rows),
-            self._integers(sequence.slot for sequence in penalised),
-            self._floats(p.presence_penalty for p in params)[:, None],
-            self._floats(p.frequency_penalty for p in params)[:, None],
-            self._floats(p.repetition_penalty for p in params)[:, None],
-        )
-
-    def _logprob_rows(self, params: list[SamplingParams]) -> LogprobRows | None:
-        wanted = [(row, p.logprobs) for row, p in enumerate(params) if p.logprobs is not None]
-        if not wanted:
-            return None
-        rows, nums_top = zip(*wanted, strict=True)
-        return LogprobRows(self._integers(rows), rows, nums_top)
-
     def _integers(self, values: Iterable[int]) -> Tensor:
         return to_device(array("q", values), torch.int64, self._device)
 
     def _floats(self, values: Iterable[float]) -> Tensor:
         return to_device(array("f", values), torch.float32, self._device)
-
-
-def _is_penalised(params: SamplingParams) -> bool:
-    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
 
 
 def _draw_random(logits: Tensor, random: RandomRows, positions: Tensor) -> Tensor:

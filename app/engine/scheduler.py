@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from app.engine.request import Event, FinishReason, GenerationRequest, PromptLogprobsEvent, TokenLogprobs
 from app.engine.sequence import Chunk, Prefill, Sequence, StepPlan, StepResult
+from app.engine.share import PrefillShare
 from app.engine.slots import SCRATCH_SLOT, SlotPool
 
 NOT_FINITE = "the model produced NaN or Inf"
@@ -16,9 +17,10 @@ NOT_FINITE = "the model produced NaN or Inf"
 class Scheduler:
     """The books of the engine: a sequence waits, then prefills, then runs, and its slot is free again.
 
-    ``plan`` says what the next step does and admits waiting requests; ``commit`` takes what the step drew and returns
-    the events. Nothing else may happen between the two. After a step that raised, ``recover`` or ``fail`` takes the
-    place of ``commit``.
+    ``plan`` says what the next step does, admits waiting requests and counts on the step being made; ``commit`` takes
+    what it drew and returns the events. One more step may be planned before the last one is committed: then sequences
+    may end in between, and what is drawn for them is ignored. After steps that raised, ``recover`` or ``fail`` takes
+    the place of ``commit`` for all that are in flight.
     """
 
     def __init__(self, num_slots: int, prefill_budget: int) -> None:
@@ -26,10 +28,19 @@ class Scheduler:
             raise ValueError(f"prefill_budget should be at least 1, got {prefill_budget}")
         self._slots = SlotPool(num_slots)
         self._prefill_budget = prefill_budget
+        self._share = PrefillShare(prefill_budget)
         self._waiting: deque[Prefill] = deque()
         self._prefilling: list[Prefill] = []
         self._suspects: list[Prefill] = []
+        # complete once the steps in flight are
+        self._settling: list[Prefill] = []
+        # take part in every step to come; after ends, the ended are still among them until the next plan
         self._running: tuple[Sequence, ...] = ()
+        self._has_ended_rows = False
+        # their last token is in flight
+        self._ending: dict[Sequence, None] = {}
+        self._num_joint_plans = 0
+        self._last_plans: dict[int, dict[Sequence, None]] = {}
         self._live: dict[str, dict[int, Sequence]] = {}
         self._num_live = 0
 
@@ -63,7 +74,7 @@ class Scheduler:
         sequences = [Sequence(request, sample, stop_token_ids, last) for sample in range(request.n)]
         self._live[request.request_id] = dict(enumerate(sequences))
         self._num_live += request.n
-        self._waiting.append(_start_prefill(sequences, array("q", request.prompt_token_ids)))
+        self._waiting.append(_start_prefill(request, sequences, array("q", request.prompt_token_ids)))
 
     def abort(self, request_id: str, sample: int | None = None) -> list[Event]:
         """End one sample, or all of a request, in whatever phase it is. What is not live is ignored."""
@@ -72,45 +83,61 @@ class Scheduler:
         return self._end(chosen, FinishReason.ABORT)
 
     def plan(self) -> StepPlan:
-        """The next step. Admits what there is room for."""
-        draft = _Draft(self._prefill_budget)
+        """The next step, which may be empty. Admits what there is room for."""
+        if self._has_ended_rows:
+            self._running = tuple(sequence for sequence in self._running if not sequence.is_finished)
+            self._has_ended_rows = False
         if self._suspects:
+            draft = _Draft(self._prefill_budget)
             draft.take(self._suspects[0])
-            return draft.plan((), is_solo=True)
-        for prefill in self._prefilling:
-            draft.take(prefill)
-        while draft.budget > 0 and self._waiting and len(self._waiting[0].sequences) <= self._slots.num_free:
-            draft.take(self._admit())
-        return draft.plan(self._running, is_solo=False)
+            plan = draft.plan((), is_solo=True)
+        else:
+            draft = _Draft(self._budget())
+            for prefill in self._prefilling:
+                draft.take(prefill)
+            while draft.budget > 0 and self._waiting and len(self._waiting[0].sequences) <= self._slots.num_free:
+                draft.take(self._admit())
+            plan = draft.plan(self._running, is_solo=False)
+        self._count_on(plan)
+        return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
-        """Book what the planned step did; the events are in the order in which they are to be delivered."""
+        """Book what a planned step did; the events are in the order in which they are to be delivered."""
         events: list[Event] = []
-        for index, chunk in enumerate(plan.chunks):
-            chunk.prefill.num_done = chunk.end
-            if index in result.prompt_logprobs:
-                events += self._report(chunk, result.prompt_logprobs[index])
+        for index, logprobs in result.prompt_logprobs.items():
+            events += self._report(plan.chunks[index], logprobs)
         for prefill in plan.done:
-            events += self._complete(prefill)
+            self._settling.remove(prefill)
+            if prefill.request.max_tokens == 0:
+                events += self._end(prefill.live_sequences, FinishReason.LENGTH)
+        if plan.chunks and plan.rows:
+            self._share.observe(plan.num_prefill_tokens, result.prefill_seconds, result.decode_seconds)
         return events + self._commit_rows(plan, result)
 
     def recover(self) -> None:
-        """After a step that raised: no state can be trusted, so every admitted sequence is computed again, alone.
+        """After steps that raised: no state can be trusted, so every admitted sequence is computed again, alone.
 
         Each is under suspicion until it has passed a step by itself; ``fail`` ends the one that does not.
         """
-        replays = [_start_prefill([sequence], sequence.tokens) for sequence in self._running]
+        for prefill in self._settling:
+            prefill.sequences = prefill.live_sequences
+            for sequence in prefill.sequences:
+                sequence.prefill = prefill
+        ran = [sequence for sequence in (*self._running, *self._ending) if not sequence.is_finished]
+        replays = [_start_prefill(s.request, [s], s.tokens) for s in ran if s.prefill is None]
         for prefill in replays:
             prefill.num_reported = prefill.num_tokens
-        begun = self._suspects + self._prefilling
+        begun = [prefill for prefill in self._suspects + self._settling + self._prefilling if prefill.sequences]
         for prefill in begun:
             prefill.num_done = 0
         self._suspects = replays + begun
-        self._prefilling, self._running = [], ()
+        self._prefilling, self._settling, self._running = [], [], ()
+        self._ending.clear()
+        self._last_plans.clear()
 
     def fail(self, plan: StepPlan, error: str) -> list[Event]:
         """End every sequence that took part in a step."""
-        return self._end(plan.members, FinishReason.ERROR, error)
+        return self._end([s for s in plan.members if not s.is_finished], FinishReason.ERROR, error)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless slots, phases and the registry of live samples agree."""
@@ -118,16 +145,46 @@ class Scheduler:
         begun_prefills = self._suspects + self._prefilling
         waiting = [sequence for prefill in self._waiting for sequence in prefill.sequences]
         begun = [sequence for prefill in begun_prefills for sequence in prefill.sequences]
+        silent = [prefill for prefill in self._settling if prefill.request.max_tokens == 0]
+        settling = [sequence for prefill in silent for sequence in prefill.live_sequences]
+        running = [sequence for sequence in self._running if not sequence.is_finished]
         live = [sequence for samples in self._live.values() for sequence in samples.values()]
-        placed = waiting + begun + list(self._running)
+        placed = waiting + begun + settling + running + list(self._ending)
         assert len(placed) == len(set(placed)), "a sequence is in two phases"
         assert len(live) == self._num_live, "live sequences are miscounted"
         assert set(placed) == set(live), "a live sequence is lost or a dead one kept"
-        held = [sequence.slot for sequence in begun + list(self._running)]
+        held = [sequence.slot for sequence in placed[len(waiting) :]]
         assert sorted(held) == sorted(self._slots.held), "slots and the sequences that hold them differ"
         assert all(sequence.slot == SCRATCH_SLOT for sequence in waiting), "a waiting sequence holds a slot"
         assert all(prefill.sequences for prefill in [*self._waiting, *begun_prefills]), "a prefill is for nobody"
-        assert all(sequence.prefill is None for sequence in self._running), "a running sequence prefills"
+        assert all(s.prefill is None for s in placed[len(waiting) + len(begun) :]), "a running sequence prefills"
+        limited = [sequence for sequences in self._last_plans.values() for sequence in sequences]
+        assert sorted(map(id, limited)) == sorted(map(id, running)), "running rows have no last step, or others do"
+
+    def _budget(self) -> int:
+        """Prompt tokens for a joint step: all while more sequences would start than stream, else a small share."""
+        num_prefilling = sum(len(prefill.sequences) for prefill in self._prefilling)
+        num_starting = num_prefilling + min(self.num_waiting, self._slots.num_free)
+        return self._prefill_budget if len(self._running) < num_starting else self._share.num_tokens
+
+    def _count_on(self, plan: StepPlan) -> None:
+        """Move everything to where it stands when the step has been made."""
+        for chunk in plan.chunks:
+            chunk.prefill.num_done = chunk.end
+        self._num_joint_plans += not plan.is_solo
+        number = self._num_joint_plans
+        for prefill in plan.done:
+            (self._suspects if plan.is_solo else self._prefilling).remove(prefill)
+            self._settling.append(prefill)
+            for sequence in prefill.sequences:
+                sequence.prefill = None
+                sequence.last_plan = number + sequence.num_left - 1
+                if prefill.request.max_tokens > 0:
+                    self._last_plans.setdefault(sequence.last_plan, {})[sequence] = None
+        self._running = self._running + plan.rows if plan.is_solo else plan.rows
+        if last := self._last_plans.pop(number, None):
+            self._ending |= last
+            self._running = tuple(sequence for sequence in self._running if sequence not in last)
 
     def _admit(self) -> Prefill:
         prefill = self._waiting.popleft()
@@ -138,29 +195,19 @@ class Scheduler:
 
     def _report(self, chunk: Chunk, logprobs: tuple[TokenLogprobs, ...] | None) -> list[Event]:
         prefill = chunk.prefill
+        if not (live := prefill.live_sequences):
+            return []
         if logprobs is None:
-            return self._end(list(prefill.sequences), FinishReason.ERROR, NOT_FINITE)
+            return self._end(live, FinishReason.ERROR, NOT_FINITE)
         start = max(chunk.start, prefill.num_reported) + 1
         prefill.num_reported = chunk.end
         return [PromptLogprobsEvent(prefill.request.request_id, start, logprobs)]
 
-    def _complete(self, prefill: Prefill) -> list[Event]:
-        if not prefill.sequences:
-            return []
-        if prefill.request.max_tokens == 0:
-            return self._end(list(prefill.sequences), FinishReason.LENGTH)
-        self._phase_of(prefill).remove(prefill)
-        for sequence in prefill.sequences:
-            sequence.prefill = None
-        return []
-
     def _commit_rows(self, plan: StepPlan, result: StepResult) -> list[Event]:
         events: list[Event] = []
         logprobs, broken = result.logprobs, result.broken
-        num_finished = 0
         for row, (sequence, token) in enumerate(zip(plan.rows, result.tokens, strict=True)):
             if sequence.is_finished:
-                num_finished += 1
                 continue
             if row in broken:
                 event = sequence.end(FinishReason.ERROR, NOT_FINITE)
@@ -168,12 +215,7 @@ class Scheduler:
                 event = sequence.accept(token, logprobs.get(row))
             if event.finish_reason is not None:
                 self._release(sequence)
-                num_finished += 1
             events.append(event)
-        rows = plan.rows
-        if num_finished:
-            rows = tuple(sequence for sequence in rows if not sequence.is_finished)
-        self._running = self._running + rows if plan.is_solo else rows
         return events
 
     def _end(self, sequences: Iterable[Sequence], reason: FinishReason, error: str | None = None) -> list[Event]:
@@ -183,8 +225,6 @@ class Scheduler:
                 self._leave(sequence.prefill, sequence)
             self._release(sequence)
             events.append(sequence.end(reason, error))
-        if any(sequence.is_finished for sequence in self._running):
-            self._running = tuple(sequence for sequence in self._running if not sequence.is_finished)
         return events
 
     def _leave(self, prefill: Prefill, sequence: Sequence) -> None:
@@ -205,6 +245,14 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         sequence.is_finished = True
+        if sequence in self._ending:
+            del self._ending[sequence]
+        elif sequence.prefill is None:
+            self._has_ended_rows = True
+            if limited := self._last_plans.get(sequence.last_plan):
+                limited.pop(sequence, None)
+                if not limited:
+                    del self._last_plans[sequence.last_plan]
         if sequence.slot != SCRATCH_SLOT:
             self._slots.free(sequence.slot)
             sequence.slot = SCRATCH_SLOT
@@ -245,8 +293,8 @@ class _Draft:
         return StepPlan(tuple(self._fresh), tuple(self._chunks), tuple(forks), rows, done, is_solo)
 
 
-def _start_prefill(sequences: list[Sequence], tokens: array[int]) -> Prefill:
-    prefill = Prefill(sequences, tokens)
+def _start_prefill(request: GenerationRequest, sequences: list[Sequence], tokens: array[int]) -> Prefill:
+    prefill = Prefill(request, sequences, tokens)
     for sequence in sequences:
         sequence.prefill = prefill
     return prefill

@@ -13,8 +13,10 @@ from app.engine.slots import SCRATCH_SLOT
 class Sequence:
     """One sample of a request: the slot of its state and the tokens it has made.
 
-    ``next_token`` has been drawn, or is the last of the prompt, and its effect is not in the state yet: it is what
-    decode feeds. ``prefill`` is set until the state holds every token before it.
+    ``output`` and ``next_token`` are what has come back from the device; while a step is in flight, the device is one
+    token ahead. ``next_token`` is the last of the output or, before the first, of the prompt: its effect is not in
+    the state, it is what decode feeds. ``prefill`` is set until a step is planned after which the state holds every
+    token before it. ``last_plan`` is the number of the plan that draws the last token allowed.
     """
 
     request: GenerationRequest
@@ -25,6 +27,12 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     prefill: Prefill | None = None
     is_finished: bool = False
+    last_plan: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens it may still make."""
+        return self.request.max_tokens - len(self.output)
 
     @property
     def position(self) -> int:
@@ -57,17 +65,19 @@ class Prefill:
     """Tokens that must pass through the model before decode: all but the last of those given.
 
     The samples of a request share one until it is done. Its state grows in ``slot``, the slot of the first sequence.
-    ``num_reported`` counts the prompt positions whose log-probabilities have been delivered.
+    ``num_done`` counts the tokens that planned steps take, ``num_reported`` the prompt positions whose
+    log-probabilities have been delivered.
     """
 
+    request: GenerationRequest
     sequences: list[Sequence]
     tokens: array[int]
     num_done: int = 0
     num_reported: int = 0
 
     @property
-    def request(self) -> GenerationRequest:
-        return self.sequences[0].request
+    def live_sequences(self) -> list[Sequence]:
+        return [sequence for sequence in self.sequences if not sequence.is_finished]
 
     @property
     def slot(self) -> int:
@@ -114,6 +124,11 @@ class StepPlan:
     is_solo: bool = False
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.rows or self.chunks or self.done or self.fresh)
+
+    @property
     def num_prefill_tokens(self) -> int:
         return sum(chunk.end - chunk.start for chunk in self.chunks)
 
@@ -130,10 +145,12 @@ class StepResult:
     """What a step drew: one token per row, meaningless for ``broken`` rows, whose logits were not finite.
 
     ``logprobs`` by row, for rows that asked; ``prompt_logprobs`` by chunk, in the order of positions, or None where
-    they were NaN or Inf.
+    they were NaN or Inf. The seconds are those of the device, for steps with both prompt tokens and rows.
     """
 
     tokens: list[int]
     broken: frozenset[int] = frozenset()
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...] | None] = field(default_factory=dict)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0

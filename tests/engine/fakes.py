@@ -7,10 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from app.engine import distribution
+from app.engine.decoder import Model
 from app.engine.engine import Engine
+from app.engine.graphs import StepBody, StepOutput, Steps, buckets
 from app.engine.request import Event, FinishReason, GenerationRequest, PromptLogprobsEvent, SamplingParams, TokenEvent
 from app.engine.runner import Runner
+from app.engine.sampler import GREEDY_TEMPERATURE
 from app.engine.sequence import StepPlan
+from app.engine.slot_decoder import SlotDecoder
 from mamba_core import MambaCache
 from mamba_core.ops import Packing
 
@@ -70,14 +75,80 @@ def make_cache(num_slots: int) -> MambaCache:
     return MambaCache(torch.full(shape, torch.nan), torch.full(shape, torch.nan))
 
 
+class OverlappedRunner(Runner):
+    """On a CPU a launch returns when all is done; this one says so only when it is asked a step later."""
+
+    is_asynchronous = True
+
+
+class HostTables:
+    """``fused_sampler.SlotSampling``, on any device and without kernels."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.temperature, self.top_p, self.min_p = (torch.zeros(num_slots) for _ in range(3))
+        self.top_k, self.keys, self.positions = (torch.zeros(num_slots, dtype=torch.int64) for _ in range(3))
+
+    def write(
+        self, slots: Sequence[int], params: Sequence[SamplingParams], keys: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        for slot, p, key, position in zip(slots, params, keys, positions, strict=True):
+            self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
+            self.top_k[slot], self.keys[slot], self.positions[slot] = p.top_k, key, position
+
+
+def draw_on_host(logits: Tensor, slots: Tensor, tables: HostTables) -> tuple[Tensor, Tensor]:
+    """``fused_sampler.draw_tokens``, likewise."""
+    is_finite = logits.sum(-1).isfinite()
+    temperature = tables.temperature[slots]
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(min=GREEDY_TEMPERATURE)[:, None]
+    scaled = torch.where(is_finite[:, None], scaled, 0.0)
+    weights = scaled.exp()
+    top_k, top_p = tables.top_k[slots].clamp(max=logits.shape[1]), tables.top_p[slots]
+    thresholds = distribution.filter_thresholds(scaled, weights, top_k, top_p, logits.shape[1])
+    thresholds = torch.maximum(thresholds, tables.min_p[slots].log())
+    uniforms = distribution.uniforms(tables.keys[slots], tables.positions[slots])
+    drawn = distribution.invert(weights.masked_fill(scaled < thresholds[:, None], 0), uniforms)
+    tables.positions[slots] += 1
+    return torch.where(temperature < GREEDY_TEMPERATURE, logits.argmax(-1), drawn), is_finite
+
+
+class PaddedSteps(Steps):
+    """Runs more rows than it is asked for, as graphs do: those to spare are rows of the scratch slot."""
+
+    def __init__(self, body: StepBody, slots: Tensor) -> None:
+        super().__init__(body, slots)
+        self._buckets = buckets(slots.shape[0])
+
+    def run(self, num_rows: int) -> StepOutput:
+        return super().run(min(bucket for bucket in self._buckets if bucket >= num_rows))
+
+
+def slot_decoder(model: Model, cache: MambaCache, vocab_size: int) -> SlotDecoder:
+    """The decoder of a GPU, on a CPU."""
+    return SlotDecoder(model, cache, vocab_size, HostTables(cache.num_slots), draw_on_host, PaddedSteps)
+
+
+def make_runner(mode: str, model: Model, cache: MambaCache, vocab_size: int) -> Runner:
+    """A runner that is "synchronous" or "overlapped", or overlapped and addresses everything by slot ("slots")."""
+    if mode == "synchronous":
+        return Runner(model, cache, vocab_size)
+    return OverlappedRunner(
+        model, cache, vocab_size, slot_decoder(model, cache, vocab_size) if mode == "slots" else None
+    )
+
+
+MODES = ("synchronous", "overlapped", "slots")
+
+
 def make_engine(
     num_slots: int = 4,
     prefill_budget: int = 8,
     before_step: Callable[[StepPlan, MambaCache], None] | None = None,
+    mode: str = "synchronous",
 ) -> Engine:
     cache = make_cache(num_slots)
     return Engine(
-        Runner(HistoryModel(), cache, VOCAB_SIZE),
+        make_runner(mode, HistoryModel(), cache, VOCAB_SIZE),
         num_slots=num_slots,
         vocab_size=VOCAB_SIZE,
         prefill_budget=prefill_budget,

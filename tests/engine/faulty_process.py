@@ -55,6 +55,9 @@ class ScriptedEngine:
     def abort(self, request_id: str, sample: int | None = None) -> None:
         self._events += self._scheduler.abort(request_id, sample)
 
+    def prepare_more(self) -> bool:
+        return False
+
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
 

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
+from app.engine.adjustments import AdjustedRows, Adjuster
 from app.engine.engine import MAX_JOINT_FAILURES, Engine, RequestRefused
 from app.engine.request import FinishReason, GenerationRequest, SamplingParams
-from app.engine.sampler import Draw, SamplingBatch
 from app.engine.sequence import StepPlan
 from mamba_core import MambaCache
+from tests.engine import fakes
 from tests.engine.fakes import (
+    MODES,
     VOCAB_SIZE,
     Transcript,
     greedy,
     logits_of,
-    make_engine,
     make_request,
     run,
     state_after,
 )
 
 PROMPT = (5, 17, 2, 44, 8, 1, 30, 9, 9, 21, 3, 50)
+
+EngineMaker = Callable[..., Engine]
+
+
+@pytest.fixture(params=MODES)
+def make_engine(request: pytest.FixtureRequest) -> EngineMaker:
+    """Every test of this module holds whether steps overlap or not."""
+    return partial(fakes.make_engine, mode=request.param)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -33,13 +45,13 @@ def prompts(count: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("prefill_budget", [1, 3, 11, 100])
-def test_greedy_tokens_are_those_of_the_model(prefill_budget: int) -> None:
+def test_greedy_tokens_are_those_of_the_model(make_engine: EngineMaker, prefill_budget: int) -> None:
     transcript = run(make_engine(prefill_budget=prefill_budget), make_request(prompt=PROMPT, max_tokens=9))
     assert transcript.tokens["r", 0] == greedy(PROMPT, 9)
     assert transcript.reason("r") is FinishReason.LENGTH
 
 
-def test_many_requests_on_few_slots_each_get_their_own_tokens() -> None:
+def test_many_requests_on_few_slots_each_get_their_own_tokens(make_engine: EngineMaker) -> None:
     all_prompts = prompts(40)
     requests = [make_request(f"r{i}", prompt, 1 + i % 7) for i, prompt in enumerate(all_prompts)]
     engine = make_engine(num_slots=3, prefill_budget=5)
@@ -51,7 +63,7 @@ def test_many_requests_on_few_slots_each_get_their_own_tokens() -> None:
     assert (engine.stats.num_running, engine.stats.num_slots_used, engine.stats.num_waiting) == (0, 0, 0)
 
 
-def test_a_stop_token_ends_and_is_delivered() -> None:
+def test_a_stop_token_ends_and_is_delivered(make_engine: EngineMaker) -> None:
     expected = greedy(PROMPT, 9)
     stop = expected[4]
     first = expected.index(stop)
@@ -61,19 +73,19 @@ def test_a_stop_token_ends_and_is_delivered() -> None:
     assert (end.finish_reason, end.stop_reason, end.token_id) == (FinishReason.STOP, stop, stop)
 
 
-def test_greedy_samples_of_one_request_are_equal() -> None:
+def test_greedy_samples_of_one_request_are_equal(make_engine: EngineMaker) -> None:
     transcript = run(make_engine(prefill_budget=4), make_request(prompt=PROMPT, n=4))
     assert [transcript.tokens["r", sample] for sample in range(4)] == [greedy(PROMPT, 4)] * 4
 
 
-def test_random_samples_of_one_request_differ_and_are_repeatable() -> None:
+def test_random_samples_of_one_request_differ_and_are_repeatable(make_engine: EngineMaker) -> None:
     request = make_request(prompt=PROMPT, n=4, temperature=1.0, seed=3, max_tokens=12)
     first, second = run(make_engine(), request), run(make_engine(), request)
     assert first.tokens == second.tokens
     assert len({tuple(tokens) for tokens in first.tokens.values()}) == 4
 
 
-def test_a_seeded_request_draws_the_same_alone_and_in_company() -> None:
+def test_a_seeded_request_draws_the_same_alone_and_in_company(make_engine: EngineMaker) -> None:
     request = make_request("seeded", PROMPT, 12, temperature=0.9, top_p=0.95, seed=11)
     company = [
         make_request(f"r{i}", prompt, 15, temperature=i % 3 / 2, top_k=i % 4, seed=i)
@@ -84,7 +96,7 @@ def test_a_seeded_request_draws_the_same_alone_and_in_company() -> None:
     assert together.tokens["seeded", 0] == alone.tokens["seeded", 0]
 
 
-def test_a_request_resumed_with_its_own_tokens_goes_on_as_it_would_have() -> None:
+def test_a_request_resumed_with_its_own_tokens_goes_on_as_it_would_have(make_engine: EngineMaker) -> None:
     whole = run(make_engine(), make_request(prompt=PROMPT, max_tokens=12, temperature=1.0, seed=4)).tokens["r", 0]
     resumed = make_request(prompt=[*PROMPT, *whole[:5]], max_tokens=7, temperature=1.0, seed=4)
     assert run(make_engine(), resumed).tokens["r", 0] == whole[5:]
@@ -92,7 +104,9 @@ def test_a_request_resumed_with_its_own_tokens_goes_on_as_it_would_have() -> Non
 
 @pytest.mark.parametrize("prefill_budget", [2, 5, 100])
 @pytest.mark.parametrize("max_tokens", [0, 2])
-def test_prompt_logprobs_are_those_of_every_position_but_the_first(prefill_budget: int, max_tokens: int) -> None:
+def test_prompt_logprobs_are_those_of_every_position_but_the_first(
+    make_engine: EngineMaker, prefill_budget: int, max_tokens: int
+) -> None:
     engine = make_engine(prefill_budget=prefill_budget)
     other = make_request("other", PROMPT[::-1], 5)
     transcript = run(engine, other, make_request(prompt=PROMPT, max_tokens=max_tokens, prompt_logprobs=3))
@@ -113,13 +127,13 @@ def test_prompt_logprobs_are_those_of_every_position_but_the_first(prefill_budge
     assert set(transcript.prompt_slices) == {"r"}
 
 
-def test_a_prompt_of_one_token_has_no_prompt_logprobs() -> None:
+def test_a_prompt_of_one_token_has_no_prompt_logprobs(make_engine: EngineMaker) -> None:
     transcript = run(make_engine(), make_request(prompt=[4], max_tokens=0, prompt_logprobs=2))
     assert transcript.prompt_slices == {}
     assert transcript.reason("r") is FinishReason.LENGTH
 
 
-def test_logprobs_are_of_the_raw_distribution_and_only_for_rows_that_ask() -> None:
+def test_logprobs_are_of_the_raw_distribution_and_only_for_rows_that_ask(make_engine: EngineMaker) -> None:
     bias = ((7, 4.0),)
     asking = make_request("asks", PROMPT, 5, temperature=0.7, top_k=3, seed=1, logprobs=2, logit_bias=bias)
     transcript = run(
@@ -138,7 +152,9 @@ def test_logprobs_are_of_the_raw_distribution_and_only_for_rows_that_ask() -> No
 
 
 @pytest.mark.parametrize("num_steps", range(8))
-def test_abort_in_any_phase_ends_within_a_step_and_leaves_the_slot_clean(num_steps: int) -> None:
+def test_abort_in_any_phase_ends_within_a_step_and_leaves_the_slot_clean(
+    make_engine: EngineMaker, num_steps: int
+) -> None:
     engine = make_engine(num_slots=1, prefill_budget=3)
     engine.submit(make_request("first", PROMPT, 3))
     engine.submit(make_request("gone", PROMPT, 9))
@@ -154,7 +170,7 @@ def test_abort_in_any_phase_ends_within_a_step_and_leaves_the_slot_clean(num_ste
     assert run(engine, make_request("next", PROMPT[:5], 6)).tokens["next", 0] == greedy(PROMPT[:5], 6)
 
 
-def test_abort_of_one_sample_leaves_the_others() -> None:
+def test_abort_of_one_sample_leaves_the_others(make_engine: EngineMaker) -> None:
     engine = make_engine(prefill_budget=3)
     engine.submit(make_request(prompt=PROMPT, n=3, max_tokens=6))
     engine.step()
@@ -174,7 +190,9 @@ def test_abort_of_one_sample_leaves_the_others() -> None:
         (make_request(logit_bias=((VOCAB_SIZE, 1.0),)), "logit_bias"),
     ],
 )
-def test_a_request_that_can_never_run_is_refused(request_: GenerationRequest, message: str) -> None:
+def test_a_request_that_can_never_run_is_refused(
+    make_engine: EngineMaker, request_: GenerationRequest, message: str
+) -> None:
     engine = make_engine(num_slots=4)
     with pytest.raises(RequestRefused, match=message):
         engine.submit(request_)
@@ -183,16 +201,17 @@ def test_a_request_that_can_never_run_is_refused(request_: GenerationRequest, me
 
 def poison(request_id: str, at_token: int) -> object:
     """Writes NaN into the state of a request once it has drawn so many tokens."""
+    num_drawn = itertools.count()
 
     def before_step(plan: StepPlan, cache: MambaCache) -> None:
         for sequence in plan.rows:
-            if sequence.request.request_id == request_id and len(sequence.output) == at_token:
+            if sequence.request.request_id == request_id and next(num_drawn) == at_token:
                 cache.ssm[:, sequence.slot] = math.nan
 
     return before_step
 
 
-def test_a_row_of_nan_ends_alone_and_its_slot_is_clean_for_the_next() -> None:
+def test_a_row_of_nan_ends_alone_and_its_slot_is_clean_for_the_next(make_engine: EngineMaker) -> None:
     all_prompts = prompts(6)
     engine = make_engine(num_slots=3, before_step=poison("r1", 2))  # type: ignore[arg-type]
     transcript = run(engine, *[make_request(f"r{i}", prompt, 5) for i, prompt in enumerate(all_prompts)])
@@ -203,7 +222,7 @@ def test_a_row_of_nan_ends_alone_and_its_slot_is_clean_for_the_next() -> None:
         assert transcript.tokens[f"r{i}", 0] == greedy(all_prompts[i], 5)
 
 
-def test_prompt_logprobs_of_nan_end_the_request() -> None:
+def test_prompt_logprobs_of_nan_end_the_request(make_engine: EngineMaker) -> None:
     def before_step(plan: StepPlan, cache: MambaCache) -> None:
         for chunk in plan.chunks:
             if chunk.start > 0:
@@ -229,7 +248,7 @@ def raise_for(request_id: str, at_token: int = 2) -> object:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_request_that_breaks_its_step_fails_alone(temperature: float) -> None:
+def test_a_request_that_breaks_its_step_fails_alone(make_engine: EngineMaker, temperature: float) -> None:
     requests = [
         make_request(f"r{i}", prompt, 8, temperature=temperature, seed=i, presence_penalty=0.5)
         for i, prompt in enumerate(prompts(8))
@@ -244,7 +263,7 @@ def test_a_request_that_breaks_its_step_fails_alone(temperature: float) -> None:
     assert transcript.tokens["r3", 0] == undisturbed.tokens["r3", 0][:2]
 
 
-def test_a_fault_that_passes_hurts_nobody() -> None:
+def test_a_fault_that_passes_hurts_nobody(make_engine: EngineMaker) -> None:
     joint_steps = iter(range(1000))
 
     def before_step(plan: StepPlan, cache: MambaCache) -> None:
@@ -262,7 +281,7 @@ def test_a_fault_that_passes_hurts_nobody() -> None:
     assert joined[0] == joined[1]
 
 
-def test_a_fault_in_the_middle_of_a_prompt_repeats_no_logprobs() -> None:
+def test_a_fault_in_the_middle_of_a_prompt_repeats_no_logprobs(make_engine: EngineMaker) -> None:
     faults = iter([False, False, True])
 
     def before_step(plan: StepPlan, _: MambaCache) -> None:
@@ -281,27 +300,25 @@ def test_a_fault_in_the_middle_of_a_prompt_repeats_no_logprobs() -> None:
     assert shaken.tokens == calm.tokens
 
 
-def test_what_a_failed_step_has_counted_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_failed_step_has_counted_is_forgotten(make_engine: EngineMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [
         make_request(f"r{i}", prompt, 12, frequency_penalty=2.0, temperature=i % 2, seed=i)
         for i, prompt in enumerate(prompts(4))
     ]
     calm = run(make_engine(), *requests)
-    engine = make_engine()
-    sampler = engine._runner._sampler
-    draw, draws = sampler.draw, iter(range(1000))
+    count, counts = Adjuster.count, iter(range(1000))
 
-    def draw_and_fail(logits: torch.Tensor, batch: SamplingBatch) -> Draw:
-        drawn = draw(logits, batch)
-        if next(draws) == 5:
+    def count_and_fail(adjuster: Adjuster, tokens: torch.Tensor, adjusted: AdjustedRows) -> None:
+        count(adjuster, tokens, adjusted)
+        if next(counts) == 5:
             raise Fault
-        return drawn
 
-    monkeypatch.setattr(sampler, "draw", draw_and_fail)
-    assert run(engine, *requests).tokens == calm.tokens
+    monkeypatch.setattr(Adjuster, "count", count_and_fail)
+    assert run(make_engine(), *requests).tokens == calm.tokens
+    assert next(counts) > 6
 
 
-def test_steps_that_fail_only_together_are_given_up_after_a_while() -> None:
+def test_steps_that_fail_only_together_are_given_up_after_a_while(make_engine: EngineMaker) -> None:
     failures = []
 
     def before_step(plan: StepPlan, _: MambaCache) -> None:
@@ -316,7 +333,7 @@ def test_steps_that_fail_only_together_are_given_up_after_a_while() -> None:
     assert run(engine, make_request("c", PROMPT, 3)).tokens["c", 0] == greedy(PROMPT, 3)
 
 
-def test_a_device_that_is_gone_is_not_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_gone_is_not_survived(make_engine: EngineMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     def before_step(_: StepPlan, __: MambaCache) -> None:
         raise Fault
 
@@ -330,7 +347,7 @@ def test_a_device_that_is_gone_is_not_survived(monkeypatch: pytest.MonkeyPatch) 
         engine.step()
 
 
-def test_out_of_memory_in_a_large_batch_keeps_the_engine_alive() -> None:
+def test_out_of_memory_in_a_large_batch_keeps_the_engine_alive(make_engine: EngineMaker) -> None:
     def before_step(plan: StepPlan, _: MambaCache) -> None:
         if plan.num_prefill_tokens > 20:
             raise torch.OutOfMemoryError("planted")
@@ -340,7 +357,7 @@ def test_out_of_memory_in_a_large_batch_keeps_the_engine_alive() -> None:
     assert [transcript.tokens[f"r{i}", 0] for i in range(4)] == [greedy(PROMPT, 4)] * 4
 
 
-def test_ten_thousand_aborts_leak_nothing() -> None:
+def test_ten_thousand_aborts_leak_nothing(make_engine: EngineMaker) -> None:
     engine: Engine = make_engine(num_slots=4, prefill_budget=6)
     source = random.Random(1)
     for i in range(10_000):

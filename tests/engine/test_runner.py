@@ -10,9 +10,8 @@ import torch
 from app.engine import runner as runner_module
 from app.engine.engine import Engine
 from app.engine.request import GenerationRequest
-from app.engine.runner import Runner
 from mamba_core import FalconMambaConfig, FalconMambaForCausalLM, MambaCache, MambaConfig, MambaForCausalLM
-from tests.engine.fakes import Transcript, make_request, run
+from tests.engine.fakes import MODES, Transcript, make_request, make_runner, run
 
 VOCAB_SIZE = 97
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
@@ -34,14 +33,19 @@ def model(request: pytest.FixtureRequest) -> MambaForCausalLM:
     return made.eval()
 
 
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def make_engine(model: MambaForCausalLM) -> EngineMaker:
+def make_engine(model: MambaForCausalLM, mode: str) -> EngineMaker:
     def make(num_slots: int = 8, prefill_budget: int = 64) -> Engine:
         cache = MambaCache.from_config(model.config, num_slots + 1, dtype=torch.float32)
         # what is read without having been written must show
         cache.conv.fill_(torch.nan)
         cache.ssm.fill_(torch.nan)
-        runner = Runner(model, cache, VOCAB_SIZE)
+        runner = make_runner(mode, model, cache, VOCAB_SIZE)
         return Engine(runner, num_slots=num_slots, vocab_size=VOCAB_SIZE, prefill_budget=prefill_budget)
 
     return make
@@ -162,7 +166,8 @@ def test_logits_of_prompt_positions_exist_only_in_slices(
     assert sizes[1:] == [256, 256, 187]
 
 
-def test_scratch_is_never_touched(make_engine: EngineMaker) -> None:
+@pytest.mark.parametrize("mode", ["synchronous", "overlapped"])
+def test_scratch_is_never_touched_without_padding(make_engine: EngineMaker) -> None:
     engine = make_engine()
     run(engine, *crowd())
     cache = engine._runner.cache

@@ -234,11 +234,11 @@ def test_tiny_temperatures_are_finite_and_nearly_greedy(temperature: float) -> N
 def test_what_no_row_asks_for_is_not_prepared() -> None:
     sampler = Sampler(num_slots=8, vocab_size=50, device=CPU)
     batch = sampler.prepare((make_row(1, temperature=0.0), make_row(2, temperature=0.0)))
-    assert (batch.random, batch.bias, batch.penalties, batch.logprobs) == (None, None, None, None)
+    assert (batch.random, batch.adjusted, batch.logprobs) == (None, None, None)
     plain = sampler.prepare((make_row(1),))
     assert plain.random is not None
     assert (plain.random.rows, plain.random.filters) == (None, None)
-    assert sampler._counts._output is None
+    assert sampler._adjuster._counts._output is None
 
 
 # --- bias and penalties

@@ -1,0 +1,195 @@
+"""Decode steps as CUDA graphs, one per number of rows in a list of buckets: a step is then a single launch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_core.ops import Packing
+
+logger = logging.getLogger(__name__)
+
+# captured before the first request, with the largest; a step of rows in between takes the next larger one meanwhile
+FIRST_BUCKETS = (1, 8, 64, 256)
+
+# steps that a larger graph has to stand in for before the missing one is captured under load, which costs a pause
+PATIENCE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """logits [B, V] float32; tokens [B] int64, BROKEN where the logits were not finite. Until the next step."""
+
+    logits: Tensor
+    tokens: Tensor
+
+
+# what a step of one token for each row of a packing does; all its inputs and outputs are addressed by slot
+StepBody = Callable[[Packing], StepOutput]
+
+
+class Steps:
+    """A step for any number of rows, launched operation by operation. ``slots`` [Bmax] is read at every run."""
+
+    def __init__(self, body: StepBody, slots: Tensor) -> None:
+        self._body = body
+        self._slots = slots
+        self._packings: dict[int, Packing] = {}
+
+    def run(self, num_rows: int) -> StepOutput:
+        """One step of the first ``num_rows`` slots; the output may have more rows."""
+        if num_rows not in self._packings:
+            self._packings[num_rows] = Packing.step(self._slots[:num_rows])
+        return self._body(self._packings[num_rows])
+
+    def start(self) -> None:
+        """There is nothing to get ready."""
+
+    def prepare_more(self) -> bool:
+        """Whether there was anything to prepare."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    output: StepOutput
+    # the graph reads it
+    packing: Packing
+
+
+class GraphSteps:
+    """A step for any number of rows as a replay of the smallest graph that holds them.
+
+    Slots beyond the rows of a step must be 0, the scratch slot. What cannot be captured is run operation by operation.
+    """
+
+    def __init__(self, body: StepBody, slots: Tensor) -> None:
+        self._body = body
+        self._slots = slots
+        self._eager = Steps(body, slots)
+        self._buckets = buckets(slots.shape[0])
+        self._smallest_bucket = _smallest_buckets(self._buckets)
+        self._graphs: dict[int, _Graph] = {}
+        self._num_misses: dict[int, int] = {}
+        self._can_capture = True
+        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """The numbers of rows for which there are graphs."""
+        return tuple(sorted(self._graphs))
+
+    def start(self) -> None:
+        """Capture what a start needs; the largest first, since the memory of the others fits into its own."""
+        largest = self._buckets[-1]
+        for num_rows in (largest, *(bucket for bucket in FIRST_BUCKETS if bucket < largest)):
+            self._try_to_capture(num_rows)
+
+    def run(self, num_rows: int) -> StepOutput:
+        """One step of the first ``num_rows`` slots; the output may have more rows."""
+        found = self._find(num_rows)
+        if found is None:
+            return self._eager.run(num_rows)
+        self.replay(found.graph)
+        return found.output
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Launch a graph: the seam through which benchmarks watch."""
+        graph.replay()
+
+    def prepare_more(self) -> bool:
+        """Capture one of the graphs that are missing; whether any was."""
+        missing = [bucket for bucket in self._buckets if bucket not in self._graphs]
+        if not missing or not self._can_capture:
+            return False
+        self._try_to_capture(missing[0])
+        return True
+
+    def _find(self, num_rows: int) -> _Graph | None:
+        bucket = self._smallest_bucket[num_rows]
+        if bucket not in self._graphs and self._can_capture:
+            self._num_misses[bucket] = self._num_misses.get(bucket, 0) + 1
+            if self._num_misses[bucket] > PATIENCE:
+                self._try_to_capture(bucket)
+        if bucket in self._graphs:
+            return self._graphs[bucket]
+        larger = [captured for captured in self._graphs if captured > bucket]
+        return self._graphs[min(larger)] if larger else None
+
+    def _try_to_capture(self, num_rows: int) -> None:
+        if not self._can_capture:
+            return
+        try:
+            self._graphs[num_rows] = self._capture(num_rows)
+        except Exception:
+            # never again: a failed capture may have cost memory, and the next would fail as well
+            self._can_capture = False
+            logger.exception(
+                "a step of %d rows cannot be captured as a CUDA graph; such steps will be slower", num_rows
+            )
+
+    def _capture(self, num_rows: int) -> _Graph:
+        current = torch.cuda.current_stream(self._slots.device)
+        self._stream.wait_stream(current)
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            # what is compiled, chosen or kept at the first call must be so before; only the scratch slot is touched
+            self._body(Packing.step(torch.zeros_like(self._slots[:num_rows])))
+            packing = Packing.step(self._slots[:num_rows])
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                output = self._body(packing)
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._stream)
+        return _Graph(graph, StepOutput(borrow(output.logits), output.tokens), packing)
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Device memory as other libraries describe it; see numba's CUDA array interface."""
+
+    __cuda_array_interface__: dict[str, Any]
+
+
+def borrow(tensor: Tensor) -> Tensor:
+    """The same memory, which this tensor does not keep from being used for something else.
+
+    Graphs that share a pool use the same memory, of which each is the user from its replay to the next. A tensor
+    that held on to the logits of one graph would keep them from being shared.
+    """
+    kinds = {torch.float32: "<f4"}
+    interface = {
+        "shape": tuple(tensor.shape),
+        "typestr": kinds[tensor.dtype],
+        "data": (tensor.data_ptr(), False),
+        "strides": None,
+        "version": 3,
+    }
+    assert tensor.is_contiguous(), "the interface above describes contiguous memory"
+    return torch.as_tensor(_Memory(interface), device=tensor.device)
+
+
+def buckets(max_rows: int) -> tuple[int, ...]:
+    """Numbers of rows that have a graph of their own, ``max_rows`` the last: at most a third more than needed from 8
+    rows on.
+    """
+    sizes = [1, 2, 4, *range(8, 32, 8), *range(32, 96, 16), *range(96, 256, 32)]
+    while (size := sizes[-1] + max(32, 2 ** (sizes[-1].bit_length() - 3))) < max_rows:
+        sizes.append(size)
+    return (*(size for size in sizes if size < max_rows), max_rows)
+
+
+def _smallest_buckets(sizes: tuple[int, ...]) -> list[int]:
+    """The bucket of each number of rows, from 0 on."""
+    smallest = [sizes[0]]
+    for size in sizes:
+        smallest += [size] * (size + 1 - len(smallest))
+    return smallest

@@ -1,0 +1,171 @@
+"""Decode without the host: everything a step needs is in tables on the device, addressed by slot."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from app.engine.adjustments import AdjustedRows, Adjuster, is_adjusted
+from app.engine.decoder import BROKEN, Model, PendingRows, Seats
+from app.engine.distribution import stream_key
+from app.engine.graphs import GraphSteps, StepBody, StepOutput, Steps
+from app.engine.host import to_device, to_host
+from app.engine.logprobs import LogprobRows, logprob_rows, token_logprobs
+from app.engine.request import SamplingParams
+from app.engine.sequence import Sequence
+from mamba_core.cache import MambaCache
+from mamba_core.ops import Packing
+
+
+class SamplingTables(Protocol):
+    """Sampling parameters by slot; ``fused_sampler.SlotSampling`` is one."""
+
+    positions: Tensor
+
+    def write(self, slots: Rows[int], params: Rows[SamplingParams], keys: Rows[int], positions: Rows[int]) -> None:
+        """Set what the draws of these slots depend on."""
+
+
+# logits [B, V] float32, slots [B], tables -> tokens [B] int64 and whether each row was finite [B] bool; advances the
+# positions of the slots by one
+DrawTokens = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+
+
+class StepRuns(Protocol):
+    """Runs a step body for any number of rows; ``graphs.Steps`` and ``graphs.GraphSteps`` are two ways."""
+
+    def run(self, num_rows: int) -> StepOutput:
+        """One step of the first ``num_rows`` slots; the output may have more rows."""
+
+    def start(self) -> None:
+        """Get ready for the first steps; slot 0 is written to."""
+
+    def prepare_more(self) -> bool:
+        """Use an idle moment; whether there was anything to prepare."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Redraw:
+    """Rows that draw from adjusted logits: their places in the batch [A], their slots [A] and the adjustments."""
+
+    rows: Tensor
+    slots: Tensor
+    adjusted: AdjustedRows
+
+
+class SlotDecoder:
+    """A step whose only input from the host is the vector of slots, and that only when rows have come or gone.
+
+    ``make_steps`` gets the step as a function of its packing, and the vector of slots, padded with the scratch slot.
+    Rows that ask for adjusted logits or for log-probabilities get them after the step, from its logits; what the
+    other rows draw does not depend on them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: MambaCache,
+        vocab_size: int,
+        tables: SamplingTables,
+        draw: DrawTokens,
+        make_steps: Callable[[StepBody, Tensor], StepRuns],
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._device = cache.device
+        self._tables = tables
+        self._draw = draw
+        self._adjuster = Adjuster(cache.num_slots, vocab_size, cache.device)
+        self._seats = Seats()
+        self._last_token = torch.zeros(cache.num_slots, dtype=torch.int64, device=cache.device)
+        self._slots = torch.zeros(cache.num_slots - 1, dtype=torch.int64, device=cache.device)
+        self._rows: tuple[Sequence, ...] | None = None
+        self._redraw: _Redraw | None = None
+        self._logprobs: LogprobRows | None = None
+        self._steps = make_steps(self._step, self._slots)
+
+    def launch(self, rows: tuple[Sequence, ...]) -> PendingRows:
+        if rows is not self._rows:
+            self._seat(rows)
+        output = self._steps.run(len(rows))
+        if self._redraw is not None:
+            self._draw_again(output, self._redraw)
+        logprobs = None
+        if (wanted := self._logprobs) is not None:
+            tokens = output.tokens[wanted.rows].clamp_(min=0)
+            logprobs = to_host(token_logprobs(output.logits[wanted.rows], tokens, max(wanted.nums_top)))
+        return PendingRows(to_host(output.tokens[: len(rows)]), logprobs, self._logprobs)
+
+    def start(self) -> None:
+        self._steps.start()
+
+    def forget(self) -> None:
+        self._rows = None
+        self._seats.clear()
+        self._adjuster.forget()
+
+    def prepare_more(self) -> bool:
+        return self._steps.prepare_more()
+
+    def _step(self, packing: Packing) -> StepOutput:
+        slots = packing.slots
+        hidden = self._model.forward_packed(self._last_token.index_select(0, slots), packing, self._cache)  # [B, H]
+        logits = self._model.compute_logits(hidden)  # [B, V]
+        tokens, is_finite = self._draw(logits, slots, self._tables)
+        self._last_token.index_copy_(0, slots, tokens)
+        return StepOutput(logits, torch.where(is_finite, tokens, BROKEN))
+
+    def _draw_again(self, output: StepOutput, redraw: _Redraw) -> None:
+        logits = output.logits.index_select(0, redraw.rows)  # [A, V]
+        self._adjuster.apply(logits, redraw.adjusted)
+        # the step has drawn for these rows already
+        self._tables.positions[redraw.slots] -= 1
+        tokens, is_finite = self._draw(logits, redraw.slots, self._tables)
+        self._adjuster.count(tokens, redraw.adjusted)
+        self._last_token[redraw.slots] = tokens
+        output.tokens[redraw.rows] = torch.where(is_finite, tokens, BROKEN)
+
+    def _seat(self, rows: tuple[Sequence, ...]) -> None:
+        new = self._seats.take(rows)
+        numbers = array("q", (sequence.slot for sequence in rows))
+        numbers.frombytes(bytes(numbers.itemsize * (len(self._slots) - len(rows))))
+        numbers.extend(sequence.slot for sequence in new)
+        numbers.extend(sequence.next_token for sequence in new)
+        packed = to_device(numbers, torch.int64, self._device)
+        self._slots.copy_(packed[: len(self._slots)])
+        if new:
+            new_slots, tokens = packed[len(self._slots) :].chunk(2)
+            self._last_token.index_copy_(0, new_slots, tokens)
+            self._write_tables(new)
+        self._redraw = self._find_adjusted(rows)
+        self._logprobs = logprob_rows(rows, self._device)
+        self._rows = rows
+
+    def _write_tables(self, new: list[Sequence]) -> None:
+        params = [sequence.request.sampling for sequence in new]
+        keys = [stream_key(p.seed, sequence.sample) for p, sequence in zip(params, new, strict=True)]
+        positions = [sequence.position for sequence in new]
+        self._tables.write([sequence.slot for sequence in new], params, keys, positions)
+
+    def _find_adjusted(self, rows: tuple[Sequence, ...]) -> _Redraw | None:
+        chosen = [row for row, sequence in enumerate(rows) if is_adjusted(sequence.request.sampling)]
+        if not chosen:
+            return None
+        adjusted = self._adjuster.prepare([rows[row] for row in chosen])
+        index = to_device(array("q", (*chosen, *(rows[row].slot for row in chosen))), torch.int64, self._device)
+        chosen_rows, slots = index.chunk(2)
+        return _Redraw(chosen_rows, slots, adjusted)
+
+
+def cuda_decoder(model: Model, cache: MambaCache, vocab_size: int, *, cuda_graphs: bool) -> SlotDecoder:
+    """The decoder of a CUDA device."""
+    from app.engine.fused_sampler import SlotSampling, draw_tokens
+
+    tables = SlotSampling(cache.num_slots, cache.device)
+    return SlotDecoder(model, cache, vocab_size, tables, draw_tokens, GraphSteps if cuda_graphs else Steps)
