@@ -28,8 +28,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def start_rows(engine: Engine, num_rows: int, options: argparse.Namespace, vocab_size: int) -> None:
     """Bring ``num_rows`` sequences into decode, where they stay for the steps to come."""
-    # every prompt may need a step of its own, in which those before it decode
-    max_tokens = options.tokens + WARM_UP_STEPS + num_rows + 1
+    # every prompt may need a step of its own, in which those before it decode, and steps may be told of one late
+    max_tokens = options.tokens + WARM_UP_STEPS + num_rows + 4
     for row in range(num_rows):
         engine.submit(greedy_request(f"{num_rows}-{row}", options.prompt, max_tokens, vocab_size))
     while engine.stats.last_step_rows < num_rows or engine.stats.last_step_prefill_tokens:

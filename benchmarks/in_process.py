@@ -96,8 +96,7 @@ def load_subject(options: argparse.Namespace) -> Subject:
     """Measure the machine, print what it can do, load or make the model."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    dtype = _DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    device, dtype = device_and_dtype(options)
     machine = measure_machine(device, dtype)
     print_line(
         {
@@ -108,12 +107,23 @@ def load_subject(options: argparse.Namespace) -> Subject:
             "dtype": str(dtype).removeprefix("torch."),
         }
     )
-    if options.random:
-        name, model = f"random {options.random}", random_model(options.random, device, dtype)
-    else:
-        directory = checkpoints.resolve(options.model)
-        name, model = directory.name, checkpoints.load(directory, dtype=dtype, device=device)
+    name, model = load_model(options)
     return Subject(name, model, device, dtype, _DTYPES[options.state_dtype], machine)
+
+
+def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Where the model runs, and the type of its weights."""
+    device = torch.device(options.device)
+    return device, _DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
+def load_model(options: argparse.Namespace) -> tuple[str, MambaForCausalLM]:
+    """The model that the arguments name, and what to call it."""
+    device, dtype = device_and_dtype(options)
+    if options.random:
+        return f"random {options.random}", random_model(options.random, device, dtype)
+    directory = checkpoints.resolve(options.model)
+    return directory.name, checkpoints.load(directory, dtype=dtype, device=device)
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype) -> MambaForCausalLM:

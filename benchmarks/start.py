@@ -98,7 +98,9 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._reader.join(5)
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
 
     def wait_for_port(self, limit: float) -> float:
         """Seconds until connections are taken. Raises SystemExit as ``wait_until_ready`` does."""
