@@ -30,11 +30,15 @@ def current_request_id() -> str:
     return _request_id.get() or ""
 
 
+def current_notes() -> dict[str, Any]:
+    """What the line will hold that tells of the current request when it is over; may be added to from any task."""
+    notes = _notes.get()
+    return {} if notes is None else notes
+
+
 def note(**values: Any) -> None:
     """Add values to the line that will tell of the current request when it is over."""
-    notes = _notes.get()
-    if notes is not None:
-        notes.update(values)
+    current_notes().update(values)
 
 
 def configure(log_format: str, level: str, uvicorn_level: str) -> None:

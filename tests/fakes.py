@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from app.engine.interface import EngineDied, EngineStatus, EngineUnavailable
+from app.engine.interface import EngineDied, EngineError, EngineStatus, EngineUnavailable, SampleSink
 from app.engine.request import (
     EngineStats,
-    Event,
     FinishReason,
     GenerationRequest,
     ModelInfo,
@@ -60,6 +59,8 @@ def fake_logprobs(token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs
 class FakeEngine:
     """Plays ``script`` with ``burst`` tokens of each sample per batch and ``delay`` seconds between batches.
 
+    The tokens of a batch come without a turn of the event loop between them, as those of reports that waited do.
+
     requests: all that were submitted. live: ids of those that hold rows. aborted: (request id, sample) ended early.
     fail_at: after so many batches of a request ``failure`` happens: "error" (an event), "abort" or "died".
     """
@@ -84,91 +85,97 @@ class FakeEngine:
     def heartbeat_age(self) -> float:
         return 0.0
 
-    def submit(self, request: GenerationRequest) -> FakeStream:
+    def submit(self, request: GenerationRequest, sinks: Sequence[SampleSink]) -> None:
         if self.status is not EngineStatus.READY:
             raise EngineUnavailable(self.status)
         assert request.request_id not in self.live, "the same id twice at once"
+        assert len(sinks) == request.n
         self.requests.append(request)
-        stream = FakeStream(self, request)
-        self.live[request.request_id] = stream
-        return stream
+        self.live[request.request_id] = FakeStream(self, request, sinks)
 
     def abort_sample(self, request_id: str, sample: int) -> None:
         if request_id in self.live:
             self.live[request_id].abort(sample)
 
+    def abandon(self, request_id: str) -> None:
+        stream = self.live.pop(request_id, None)
+        if stream is not None:
+            self.aborted += [(request_id, sample) for sample in stream.close()]
+
     def die(self) -> None:
         """The engine process goes away: every live request learns of it."""
         self.status = EngineStatus.RESTARTING
         for stream in list(self.live.values()):
-            stream.failure = EngineDied()
+            stream.lose()
 
 
 class FakeStream:
-    """The events of one request, made when they are asked for."""
+    """The events of one request, told to its sinks by a task."""
 
-    def __init__(self, engine: FakeEngine, request: GenerationRequest) -> None:
+    def __init__(self, engine: FakeEngine, request: GenerationRequest, sinks: Sequence[SampleSink]) -> None:
         self.request = request
-        self.failure: Exception | None = None
         self._engine = engine
-        self._events = self._generate()
+        self._sinks = sinks
         self._tokens = {sample: iter(engine.script(request, sample)) for sample in range(request.n)}
         self._num_sent = dict.fromkeys(self._tokens, 0)
         self._aborted: set[int] = set()
+        self._task = asyncio.get_running_loop().create_task(self._play())
 
-    def __aiter__(self) -> AsyncIterator[list[Event]]:
-        return self._events
+    def close(self) -> list[int]:
+        """Tell nothing any more; the samples that had not ended."""
+        self._task.cancel()
+        return list(self._tokens)
 
-    async def aclose(self) -> None:
-        if self._engine.live.pop(self.request.request_id, None) is not None:
-            self._engine.aborted += [(self.request.request_id, sample) for sample in self._tokens]
+    def lose(self, error: EngineError | None = None) -> None:
+        self._engine.live.pop(self.request.request_id, None)
+        for sample in self.close():
+            self._sinks[sample].on_lost(error or EngineDied())
 
     def abort(self, sample: int) -> None:
         if sample in self._tokens and sample not in self._aborted:
             self._aborted.add(sample)
             self._engine.aborted.append((self.request.request_id, sample))
 
-    async def _generate(self) -> AsyncIterator[list[Event]]:
-        first: list[Event] = list(self._prompt_logprobs())
+    async def _play(self) -> None:
         for number in itertools.count():
             await asyncio.sleep(self._engine.delay)
-            if self.failure is not None:
-                self._engine.live.pop(self.request.request_id, None)
-                raise self.failure
-            batch = first
-            first = []
+            if number == 0:
+                self._tell_prompt_logprobs()
             if number == self._engine.fail_at:
-                batch.append(self._fail())
+                self._fail()
             else:
-                batch += [event for _ in range(self._engine.burst) for event in self._step()]
+                for _ in range(self._engine.burst):
+                    self._step()
             if not self._tokens:
                 self._engine.live.pop(self.request.request_id, None)
-            yield batch
-            if not self._tokens:
                 return
 
-    def _fail(self) -> Event:
+    def _fail(self) -> None:
         if self._engine.failure == "died":
-            self._engine.live.pop(self.request.request_id, None)
-            raise EngineDied
+            self.lose()
+            return
         is_abort = self._engine.failure == "abort"
         sample = min(self._tokens)
         self._tokens.clear()
-        return TokenEvent(
+        event = TokenEvent(
             self.request.request_id,
             sample,
             None,
             finish_reason=FinishReason.ABORT if is_abort else FinishReason.ERROR,
             error=None if is_abort else "the logits were not finite",
         )
+        self._sinks[sample].on_event(event)
 
-    def _step(self) -> list[Event]:
+    def _step(self) -> None:
         """One more token of every sample that is not at its end."""
-        events = [self._next_event(sample) for sample in self._tokens]
-        for event in events:
+        for sample in list(self._tokens):
+            event = self._next_event(sample)
             if event.finish_reason is not None:
-                del self._tokens[event.sample]
-        return list(events)
+                del self._tokens[sample]
+            if event == TokenEvent(event.request_id, sample, event.token_id) and event.token_id is not None:
+                self._sinks[sample].on_token(event.token_id)
+            else:
+                self._sinks[sample].on_event(event)
 
     def _next_event(self, sample: int) -> TokenEvent:
         request = self.request
@@ -189,7 +196,7 @@ class FakeStream:
         logprobs = None if num_top is None else fake_logprobs(token, num_top, self._engine.info.vocab_size)
         return TokenEvent(request.request_id, sample, token, logprobs, reason, stop)
 
-    def _prompt_logprobs(self) -> Iterator[Event]:
+    def _tell_prompt_logprobs(self) -> None:
         """Slices of three, as an engine with a small budget would send them."""
         request, num_top = self.request, self.request.prompt_logprobs
         if num_top is None:
@@ -197,4 +204,5 @@ class FakeStream:
         ids = request.prompt_token_ids
         for start in range(1, len(ids), 3):
             entries = [fake_logprobs(token, num_top, self._engine.info.vocab_size) for token in ids[start : start + 3]]
-            yield PromptLogprobsEvent(request.request_id, start, tuple(entries))
+            for sink in self._sinks:
+                sink.on_event(PromptLogprobsEvent(request.request_id, start, tuple(entries)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import aclosing
+from contextlib import closing
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
@@ -12,9 +12,9 @@ from starlette.types import Receive, Scope, Send
 from app.api.admission import Ticket
 from app.api.context import ServerContext
 from app.api.errors import as_request_error, error_response
-from app.api.observer import bind_ticket
+from app.api.observer import CompletionObserver
 from app.api.open_requests import ClientGone, OpenRequest
-from app.api.streaming import ClientStuck, EventWriter, cut_connection
+from app.api.streaming import ClientStuck, EventStream, cut_connection
 from app.logging import current_request_id, note
 from app.schemas.completions import CompletionRequest
 from app.serving.completions import CompletionService
@@ -37,14 +37,13 @@ class CompletionAnswer(Response):
         self._context = context
         self._service = service
         self._body = body
-        self._writer: EventWriter | None = None
+        self._events: EventStream | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ticket = self._enter()
-        bind_ticket(ticket)
         try:
             async with self._context.open_requests.track(receive) as request:
-                content = await self._generate(ticket, request, send)
+                content = await self._generate(ticket, request, scope, send)
         except ClientGone:
             raise
         except ClientStuck:
@@ -56,24 +55,24 @@ class CompletionAnswer(Response):
             await self._end(content, scope, receive, send)
         finally:
             ticket.close()
-            if self._writer is not None:
-                self._writer.close()
+            if self._events is not None:
+                self._events.close()
 
     def _enter(self) -> Ticket:
         num_slots = self._context.engine.info.max_num_seqs
         return self._context.admission.enter(num_slots, num_sequences(self._body), _estimate_tokens(self._body))
 
-    async def _generate(self, ticket: Ticket, request: OpenRequest, send: Send) -> bytes | None:
+    async def _generate(self, ticket: Ticket, request: OpenRequest, scope: Scope, send: Send) -> bytes | None:
         """The whole answer, or None after it was streamed."""
         prepared = await self._prepare()
         ticket.count_tokens(prepared.num_prompt_tokens)
+        observer = CompletionObserver(self._context.metrics, ticket)
         if not prepared.is_stream:
-            return await self._service.complete(prepared)
+            return await self._service.complete(prepared, observer)
         settings = self._context.settings
-        self._writer = EventWriter(send, request, settings.ping_interval, settings.write_timeout)
-        async with aclosing(self._service.stream(prepared)) as batches:
-            async for payloads in batches:
-                await self._writer.write(payloads)
+        self._events = EventStream(scope, send, request, settings.ping_interval, settings.write_timeout)
+        with closing(self._service.stream(prepared, self._events, observer)) as run:
+            await self._events.follow(run)
         return None
 
     async def _prepare(self) -> PreparedCompletion:
@@ -84,22 +83,22 @@ class CompletionAnswer(Response):
     async def _end(self, content: bytes | None, scope: Scope, receive: Receive, send: Send) -> None:
         if content is not None:
             await Response(content, media_type="application/json")(scope, receive, send)
-        elif self._writer is not None:
-            await self._finish(self._writer, None, scope)
+        elif self._events is not None:
+            await self._finish(self._events, None, scope)
 
     async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         if not isinstance(error, RequestError):
             logger.error("completion failed", exc_info=error)
         told = as_request_error(error)
-        if self._writer is not None and self._writer.is_started:
+        if self._events is not None and self._events.is_started:
             note(error=told.code)
-            await self._finish(self._writer, told, scope)
+            await self._finish(self._events, told, scope)
         else:
             await error_response(told)(scope, receive, send)
 
-    async def _finish(self, writer: EventWriter, error: RequestError | None, scope: Scope) -> None:
+    async def _finish(self, events: EventStream, error: RequestError | None, scope: Scope) -> None:
         try:
-            await writer.finish(error)
+            await events.finish(error)
         except TimeoutError:
             cut_connection(scope)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from app.api.admission import Admission
-from app.api.observer import CompletionObserver
 from app.api.open_requests import OpenRequests
 from app.engine.interface import EngineClient, EngineStatus
 from app.metrics import ServerMetrics
@@ -70,8 +69,7 @@ class ServerContext:
 
     def open_for_requests(self, tokenizer: Tokenizer) -> None:
         """The model is ready: take requests from now on."""
-        observer = CompletionObserver(self.metrics)
-        self.service = CompletionService(self.engine, tokenizer, self.settings.model_names, self.limits, observer)
+        self.service = CompletionService(self.engine, tokenizer, self.settings.model_names, self.limits)
         self.phase = Phase.SERVING
 
     def require_service(self) -> CompletionService:

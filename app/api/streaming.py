@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable
 
 from starlette.types import Scope, Send
 
 from app.api.errors import error_bytes
 from app.api.open_requests import OpenRequest
-from app.api.protocol import ABORT_EXTENSION
+from app.api.protocol import ABORT_EXTENSION, BODY_EXTENSION, DirectBody
 from app.serving.errors import RequestError
+from app.serving.run import CompletionRun
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -32,68 +33,111 @@ class ClientStuck(Exception):
     """The client of a stream has read nothing for too long."""
 
 
-class EventWriter:
-    """Writes events; a timer beside it sends pings and interrupts the request when a write is stuck.
+class EventStream:
+    """The outlet of one streamed completion, used by the task that answers the request.
 
-    Nothing is sent before the first event or ping, so that what fails before still gets a status of its own.
+    Head and end are sent as ASGI wants it, by that task. Between them events go past all tasks to the connection,
+    where the server below offers that (``protocol.DirectBody``); elsewhere the task sends them too.
+
+    Nothing is sent before the first event or ping, so that what fails before still gets a status of its own. A timer
+    sends pings, and interrupts the request when the client has read nothing for ``write_timeout`` seconds.
     """
 
-    def __init__(self, send: Send, request: OpenRequest, ping_interval: float, write_timeout: float) -> None:
+    def __init__(
+        self, scope: Scope, send: Send, request: OpenRequest, ping_interval: float, write_timeout: float
+    ) -> None:
         self._send = send
         self._request = request
         self._ping_interval = ping_interval
         self._write_timeout = write_timeout
+        self._direct: DirectBody | None = scope.get("extensions", {}).get(BODY_EXTENSION, {}).get("body")
         self._loop = asyncio.get_running_loop()
-        self._lock = asyncio.Lock()
-        self._is_writing = False
+        self._wake = asyncio.Event()
+        self._on_free: Callable[[], None] = self._wake.set
+        # events that the task is to send
+        self._held = b""
+        self._has_changed = False
         self._changed_at = self._loop.time()
-        self._ping: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._period = min(ping_interval, write_timeout, 4.0) / 4
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(self._period, self._on_timer)
         self.is_started = False
-        self._schedule()
+        self.is_blocked = False
 
-    async def write(self, payloads: Iterable[bytes]) -> None:
+    def write(self, payloads: list[bytes]) -> None:
         """Send events, all in one chunk."""
-        await self._write(b"".join([b"data: " + payload + b"\n\n" for payload in payloads]), more_body=True)
+        self._write(b"data: %b\n\n" % b"\n\ndata: ".join(payloads))
+
+    async def follow(self, run: CompletionRun) -> None:
+        """Return once the run is over and all of it has left, or as much as the connection holds. Raises
+        RequestError."""
+        self._on_free = run.resume
+        run.done.add_done_callback(self._on_done)
+        while not run.done.done() or self.is_blocked:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._held:
+                await self._send_held()
+        run.check()
 
     async def finish(self, error: RequestError | None = None) -> None:
         """Send the last events: the error, if there is one, and the mark of the end. Raises TimeoutError."""
         self.close()
         last = DONE if error is None else b"data: " + error_bytes(error) + b"\n\n" + DONE
         async with asyncio.timeout(_LAST_WORDS_SECONDS):
-            await self._write(last, more_body=False)
+            await self._start()
+            await self._send({"type": "http.response.body", "body": self._held + last, "more_body": False})
 
     def close(self) -> None:
-        """Stop the timer and the ping."""
+        """Stop the timer, and write nothing any more. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._ping is not None:
-            self._ping.cancel()
+        if self._direct is not None:
+            self._direct.close()
+        self._on_free = self._wake.set
+        self.is_blocked = True
 
-    async def _write(self, data: bytes, *, more_body: bool) -> None:
-        async with self._lock:
-            self._is_writing, self._changed_at = True, self._loop.time()
-            try:
-                if not self.is_started:
-                    self.is_started = True
-                    await self._send(dict(_START))
-                await self._send({"type": "http.response.body", "body": data, "more_body": more_body})
-            finally:
-                self._is_writing, self._changed_at = False, self._loop.time()
+    def _write(self, events: bytes) -> None:
+        self._has_changed = True
+        if self.is_started and self._direct is not None:
+            self._direct.write(events)
+        else:
+            self._held = events
+            self.is_blocked = True
+            self._wake.set()
 
-    def _schedule(self) -> None:
-        period = min(self._ping_interval, self._write_timeout, 4.0) / 4
-        self._timer = self._loop.call_later(period, self._on_timer)
+    async def _send_held(self) -> None:
+        await self._start()
+        held, self._held = self._held, b""
+        await self._send({"type": "http.response.body", "body": held, "more_body": True})
+        self._set_blocked(self._direct is not None and self._direct.open(self._set_blocked))
+
+    async def _start(self) -> None:
+        if not self.is_started:
+            self.is_started = True
+            await self._send(dict(_START))
+
+    def _set_blocked(self, is_blocked: bool) -> None:
+        self._has_changed = True
+        self.is_blocked = is_blocked
+        if not is_blocked:
+            self._on_free()
+            self._wake.set()
+
+    def _on_done(self, _: object) -> None:
+        self._wake.set()
 
     def _on_timer(self) -> None:
-        unchanged = self._loop.time() - self._changed_at
-        if self._is_writing and unchanged >= self._write_timeout:
+        now = self._loop.time()
+        if self._has_changed:
+            self._has_changed, self._changed_at = False, now
+        unchanged = now - self._changed_at
+        if self.is_blocked and unchanged >= self._write_timeout:
             self._request.interrupt(ClientStuck())
             return
-        if not self._is_writing and unchanged >= self._ping_interval:
-            self._ping = self._loop.create_task(self._write(PING, more_body=True))
-        self._schedule()
+        if not self.is_blocked and unchanged >= self._ping_interval:
+            self._write(PING)
+        self._timer = self._loop.call_later(self._period, self._on_timer)
 
 
 def cut_connection(scope: Scope) -> None:

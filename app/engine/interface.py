@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -38,16 +38,18 @@ class EngineStatus(StrEnum):
     STOPPED = "stopped"
 
 
-class RequestStream(Protocol):
-    """The events of one request, in batches: each iteration takes all that have arrived since the last.
+class SampleSink(Protocol):
+    """Where what comes of one sample goes, in order. Called on the event loop for every token: must neither block nor
+    raise."""
 
-    Iteration ends after every sample has finished; raises EngineDied if the engine goes away first. ``aclose`` is
-    idempotent and aborts what has not finished.
-    """
+    def on_token(self, token_id: int) -> None:
+        """One more token and nothing else: no log-probabilities, no end."""
 
-    def __aiter__(self) -> AsyncIterator[list[Event]]: ...
+    def on_event(self, event: Event) -> None:
+        """Anything else. After a ``TokenEvent`` with a finish reason nothing follows."""
 
-    async def aclose(self) -> None: ...
+    def on_lost(self, error: EngineError) -> None:
+        """The engine went away; nothing follows."""
 
 
 class EngineClient(Protocol):
@@ -68,8 +70,14 @@ class EngineClient(Protocol):
     def heartbeat_age(self) -> float:
         """Seconds since the engine last showed that its loop turns."""
 
-    def submit(self, request: GenerationRequest) -> RequestStream:
-        """Queue a request. Raises EngineUnavailable."""
+    def submit(self, request: GenerationRequest, sinks: Sequence[SampleSink]) -> None:
+        """Queue a request, with a sink for each of its ``n`` samples. No sink is called before this has returned.
+
+        Raises EngineUnavailable.
+        """
 
     def abort_sample(self, request_id: str, sample: int) -> None:
         """End one sample early, e.g. on a stop string; its TokenEvent with reason ABORT still arrives."""
+
+    def abandon(self, request_id: str) -> None:
+        """End all of a request; its sinks are not called any more. What is not live is ignored."""

@@ -1,7 +1,7 @@
 """What the two processes say to each other: msgspec structs in msgpack, one message each way per step.
 
-A request is named by a number, its key, which the client gives. Ordinary tokens travel as columns; only events that
-carry more than a token travel one by one.
+A request is named by a number, its key, which the client gives, and sample k of it by key + k. Ordinary tokens travel
+as two columns; only events that carry more than a token travel one by one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Arguments:
 
 
 class Submit(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Queue a request under a key."""
+    """Queue a request under a key, which with the ``n - 1`` numbers after it belongs to no other."""
 
     key: int
     request: GenerationRequest
@@ -110,12 +110,14 @@ class StartFailed(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class StepReport(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The events of one step: prompt slices come first, then tokens, of which a sample has at most one."""
+    """The events of one step: prompt slices come first, then tokens, of which a sample has at most one.
+
+    ``tokens[i]`` is the next ordinary token of the sample that ``samples[i]`` names.
+    """
 
     stats: EngineStats
     prompt_slices: list[PromptSlice]
     rich: list[RichToken]
-    keys: list[int]
     samples: list[int]
     tokens: list[int]
 
@@ -125,14 +127,13 @@ Report = Beat | Checked | Ready | StartFailed | StepReport
 
 def pack_events(events: Iterable[Event], keys: Mapping[str, int], stats: EngineStats) -> StepReport:
     """The report of one step. ``keys`` gives each request id its key."""
-    report = StepReport(stats, [], [], [], [], [])
+    report = StepReport(stats, [], [], [], [])
     for event in events:
         key = keys[event.request_id]
         if isinstance(event, PromptLogprobsEvent):
             report.prompt_slices.append(PromptSlice(key, event.start, event.logprobs))
         elif event.finish_reason is None and event.logprobs is None and event.token_id is not None:
-            report.keys.append(key)
-            report.samples.append(event.sample)
+            report.samples.append(key + event.sample)
             report.tokens.append(event.token_id)
         else:
             report.rich.append(_rich_token(key, event))

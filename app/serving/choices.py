@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
-from app.engine.request import FinishReason, PromptLogprobsEvent, TokenEvent
+from app.engine.interface import EngineError
+from app.engine.request import Event, FinishReason, PromptLogprobsEvent, TokenEvent
 from app.serving.detokenizer import make_detokenizer
+from app.serving.errors import RequestError
+from app.serving.failures import request_error, token_failure
 from app.serving.logprobs import LogprobEntry
 from app.serving.prepared import PreparedCompletion, PreparedPrompt
 from app.serving.stops import StopMatcher
@@ -13,32 +17,50 @@ from app.serving.tokenizer import Tokenizer
 
 
 class Choice:
-    """Text, log-probabilities and end of one sample.
+    """Text, log-probabilities and end of one sample, of which it is the engine's ``SampleSink``.
+
+    What arrives only waits until ``take_in``; ``on_arrival`` is told when there was nothing before it.
 
     index: prompt number x n + sample number. num_tokens: generated so far. finish_reason: "stop", "length" or None.
-    stop_reason: the stop string or the client's stop token id that ended it.
+    stop_reason: the stop string or the client's stop token id that ended it. failure: why it has no end.
+    is_cut: a stop string ended it, of which the engine does not know.
     """
 
     __slots__ = (
+        "_arrived",
         "_decoded",
         "_detokenizer",
         "_entries",
         "_given",
         "_matcher",
+        "_on_arrival",
         "_prepared",
         "_prompt",
         "_texts",
+        "failure",
         "finish_reason",
         "index",
+        "is_cut",
         "num_tokens",
         "stop_reason",
     )
 
-    def __init__(self, index: int, prepared: PreparedCompletion, prompt: PreparedPrompt, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        index: int,
+        prepared: PreparedCompletion,
+        prompt: PreparedPrompt,
+        tokenizer: Tokenizer,
+        on_arrival: Callable[[Choice], None],
+    ) -> None:
         self.index = index
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.failure: RequestError | None = None
+        self.is_cut = False
+        self._on_arrival = on_arrival
+        self._arrived: list[int | Event | EngineError] = []
         self._prepared = prepared
         self._prompt = prompt
         self._detokenizer = make_detokenizer(
@@ -52,44 +74,91 @@ class Choice:
         if prompt.echo_offsets:
             self._entries.append(LogprobEntry(prompt.request.prompt_token_ids[0], 0, None))
 
-    def add_prompt_logprobs(self, event: PromptLogprobsEvent) -> None:
-        """Log-probabilities of some echoed tokens."""
+    @property
+    def is_over(self) -> bool:
+        """Nothing that arrives changes it any more."""
+        return self.finish_reason is not None or self.failure is not None
+
+    def on_token(self, token_id: int) -> None:
+        arrived = self._arrived
+        if not arrived:
+            self._on_arrival(self)
+        arrived.append(token_id)
+
+    def on_event(self, event: Event) -> None:
+        if not self._arrived:
+            self._on_arrival(self)
+        self._arrived.append(event)
+
+    def on_lost(self, error: EngineError) -> None:
+        if not self._arrived:
+            self._on_arrival(self)
+        self._arrived.append(error)
+
+    def take_in(self) -> None:
+        """Make text of all that has arrived, up to the choice's end."""
+        arrived = self._arrived
+        for item in arrived:
+            if self.is_over:
+                break
+            if isinstance(item, int):
+                self._take_token(item)
+            elif isinstance(item, TokenEvent):
+                self._take_event(item)
+            elif isinstance(item, PromptLogprobsEvent):
+                self._take_prompt_logprobs(item)
+            else:
+                self.failure = request_error(item)
+        arrived.clear()
+
+    def take_text(self) -> str:
+        """The text that came since the last call and may be let out."""
+        texts = self._texts
+        text = texts[0] if len(texts) == 1 else "".join(texts)
+        texts.clear()
+        return text
+
+    def take(self) -> tuple[str, list[LogprobEntry], int]:
+        """The same with entries, and where the text now ends.
+
+        An entry waits until the text of its token has begun to be let out, so that its offset is final.
+        """
+        entries = []
+        while self._entries and (self.finish_reason is not None or self._entries[0].offset < self._given):
+            entries.append(self._entries.popleft())
+        return self.take_text(), entries, self._given
+
+    def _take_prompt_logprobs(self, event: PromptLogprobsEvent) -> None:
         ids, offsets = self._prompt.request.prompt_token_ids, self._prompt.echo_offsets
         if offsets:
             for position, logprobs in enumerate(event.logprobs, event.start):
                 self._entries.append(LogprobEntry(ids[position], offsets[position], logprobs))
 
-    def add_token(self, event: TokenEvent) -> bool:
-        """Take one event in. True when a stop string ended the choice and the engine does not know of it yet."""
+    def _take_token(self, token_id: int) -> None:
+        self.num_tokens += 1
+        self._let_out(self._detokenizer.push(token_id))
+        if self._matcher.matched is not None:
+            self._cut(is_known=False)
+
+    def _take_event(self, event: TokenEvent) -> None:
+        self.failure = token_failure(event)
+        if self.failure is not None:
+            return
         if event.token_id is not None:
             self._decode(event, event.token_id)
         if event.finish_reason is not None and self._matcher.matched is None:
             self._let_out(self._detokenizer.flush())
         if self._matcher.matched is not None:
-            self.finish_reason, self.stop_reason = "stop", self._matcher.matched
-            return event.finish_reason is None
-        if event.finish_reason is not None:
+            self._cut(is_known=event.finish_reason is not None)
+        elif event.finish_reason is not None:
             self._finish(event)
-        return False
-
-    def take(self) -> tuple[str, list[LogprobEntry], int]:
-        """What came since the last call and may be let out: text, entries, and where the text now ends.
-
-        An entry waits until the text of its token has begun to be let out, so that its offset is final.
-        """
-        text = "".join(self._texts)
-        self._texts.clear()
-        entries = []
-        while self._entries and (self.finish_reason is not None or self._entries[0].offset < self._given):
-            entries.append(self._entries.popleft())
-        return text, entries, self._given
 
     def _decode(self, event: TokenEvent, token_id: int) -> None:
         self.num_tokens += 1
         # only stop tokens end a sequence with this reason
-        is_cut = event.finish_reason is FinishReason.STOP and not self._prepared.is_stop_included
+        is_hidden = event.finish_reason is FinishReason.STOP and not self._prepared.is_stop_included
         offset = self._decoded
-        if not is_cut:
+        if not is_hidden:
             self._let_out(self._detokenizer.push(token_id))
         if self._prepared.logprobs is not None:
             self._entries.append(LogprobEntry(token_id, offset, event.logprobs))
@@ -103,6 +172,10 @@ class Choice:
         if text:
             self._given += len(text)
             self._texts.append(text)
+
+    def _cut(self, *, is_known: bool) -> None:
+        self.finish_reason, self.stop_reason = "stop", self._matcher.matched
+        self.is_cut = not is_known
 
     def _finish(self, event: TokenEvent) -> None:
         self._append(self._matcher.flush())

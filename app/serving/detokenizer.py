@@ -29,29 +29,39 @@ def make_detokenizer(tokenizer: Tokenizer, context: Sequence[int], *, skip_speci
     skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
     tail = [token for token in context[-NUM_CONTEXT_TOKENS:] if token not in skipped]
     if tokenizer.token_bytes is not None:
-        return _ByteDetokenizer(tokenizer.token_bytes, tail, skipped)
+        return _ByteDetokenizer(tokenizer, tail, skipped)
     return _WindowDetokenizer(tokenizer, tail, skipped)
 
 
 class _ByteDetokenizer:
     """Byte-level vocabularies: bytes are joined and decoded as they come, at constant cost per token."""
 
-    __slots__ = ("_decoder", "_skipped", "_token_bytes")
+    __slots__ = ("_rest", "_skipped", "_texts", "_token_bytes")
 
-    def __init__(self, token_bytes: tuple[bytes, ...], context: Sequence[int], skipped: frozenset[int]) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skipped: frozenset[int]) -> None:
+        self._token_bytes = tokenizer.token_bytes or ()
+        self._texts = tokenizer.token_texts
         self._skipped = skipped
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # the beginning of a character
+        self._rest = b""
         for token in context:
             self.push(token)
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped or token_id >= len(self._token_bytes):
             return ""
-        return self._decoder.decode(self._token_bytes[token_id])
+        if not self._rest:
+            text = self._texts[token_id]
+            if text is not None:
+                return text
+        data = self._rest + self._token_bytes[token_id]
+        text, num_decoded = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[num_decoded:]
+        return text
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        data, self._rest = self._rest, b""
+        return data.decode("utf-8", "replace")
 
 
 class _WindowDetokenizer:

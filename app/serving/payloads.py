@@ -10,6 +10,9 @@ from app.serving.prepared import PreparedCompletion
 
 OBJECT = "text_completion"
 
+_REST = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
+_REST_AND_END = _REST + b"}"
+
 
 def usage_object(num_prompt_tokens: int, num_generated_tokens: int) -> dict[str, Any]:
     """Token counts of an answer."""
@@ -43,14 +46,8 @@ class ChunkEncoder:
 
     def chunk(self, index: int, text: str, usage: dict[str, Any] | None) -> bytes:
         """A piece of text in the midst of a choice: what nearly every chunk is."""
-        return b"".join(
-            (
-                self._starts[index],
-                orjson.dumps(text),
-                b',"logprobs":null,"finish_reason":null,"stop_reason":null}]',
-                _end(usage),
-            )
-        )
+        end = _REST_AND_END if usage is None else _REST + _end(usage)
+        return self._starts[index] + orjson.dumps(text) + end
 
     def full_chunk(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> bytes:
         """Any other chunk of a choice."""

@@ -22,6 +22,7 @@ class Tokenizer:
     """A tokenizer whose reading of a text does not change while it serves.
 
     token_bytes: each token's bytes where decoding is nothing but joining them (byte-level BPE), else None.
+    token_texts: beside ``token_bytes``, the text of each token that holds whole characters, else None.
     byte_of: the byte of each token that stands for one, where a vocabulary spells rare characters in bytes.
 
     Control tokens that stand in a text as text, such as an end-of-text marker, are ordinary characters unless
@@ -39,6 +40,7 @@ class Tokenizer:
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._literal_ids = frozenset(added)
         self.token_bytes = _byte_table(backend)
+        self.token_texts = tuple(map(_whole_text, self.token_bytes or ()))
         self.byte_of = _fallback_bytes(backend)
         self._text_of = lru_cache(maxsize=2**16)(self._make_token_text)
 
@@ -77,6 +79,13 @@ class Tokenizer:
         # decoders drop a space at the start of a text, so the token is read behind itself
         alone = self.decode([token_id], skip_special_tokens=False)
         return self.decode([token_id, token_id], skip_special_tokens=False)[len(alone) :]
+
+
+def _whole_text(data: bytes) -> str | None:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def _show_bytes(data: bytes) -> str:

@@ -17,10 +17,17 @@ import psutil
 import pytest
 import torch
 
-from app.engine.client import EngineStream, ProcessEngineClient
+from app.engine.client import ProcessEngineClient
 from app.engine.config import EngineConfig
-from app.engine.interface import EngineClient, EngineDied, EngineStartError, EngineStatus, EngineUnavailable
-from app.engine.request import FinishReason
+from app.engine.interface import (
+    EngineClient,
+    EngineDied,
+    EngineError,
+    EngineStartError,
+    EngineStatus,
+    EngineUnavailable,
+)
+from app.engine.request import Event, FinishReason, GenerationRequest, TokenEvent
 from mamba_core import MambaConfig, MambaForCausalLM
 from tests.engine.fakes import Transcript, make_request
 from tests.engine.faulty_process import expected_token
@@ -54,15 +61,63 @@ async def start(client: ProcessEngineClient) -> None:
     await client.wait_ready()
 
 
-async def collect(*streams: EngineStream) -> Transcript:
+class Watcher:
+    """Submits a request, keeps what its sinks are told, and checks that they keep to their contract."""
+
+    def __init__(self, client: ProcessEngineClient, request: GenerationRequest) -> None:
+        self.request = request
+        self.transcript = Transcript()
+        self.error: EngineError | None = None
+        self.has_begun = asyncio.Event()
+        self.is_over = asyncio.Event()
+        self._num_unfinished = request.n
+        client.submit(request, [Sink(self, sample) for sample in range(request.n)])
+
+    def take(self, event: Event) -> None:
+        assert self.error is None
+        assert event.request_id == self.request.request_id
+        self.transcript.add([event])
+        self.has_begun.set()
+        if isinstance(event, TokenEvent) and event.finish_reason is not None:
+            self._num_unfinished -= 1
+            if not self._num_unfinished:
+                self.is_over.set()
+
+    def lose(self, error: EngineError) -> None:
+        self.error = error
+        self.is_over.set()
+
+
+class Sink:
+    """One sample's. Prompt log-probabilities come to all of them, of which the first keeps them."""
+
+    def __init__(self, watcher: Watcher, sample: int) -> None:
+        self._watcher = watcher
+        self._sample = sample
+
+    def on_token(self, token_id: int) -> None:
+        self._watcher.take(TokenEvent(self._watcher.request.request_id, self._sample, token_id))
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            assert event.sample == self._sample
+            self._watcher.take(event)
+        elif self._sample == 0:
+            self._watcher.take(event)
+
+    def on_lost(self, error: EngineError) -> None:
+        self._watcher.lose(error)
+
+
+async def collect(*watchers: Watcher) -> Transcript:
+    """All that came of requests. Raises what lost them."""
     transcript = Transcript()
-
-    async def follow(stream: EngineStream) -> None:
-        async for events in stream:
-            assert events
-            transcript.add(events)
-
-    await asyncio.wait_for(asyncio.gather(*map(follow, streams)), PATIENCE)
+    for watcher in watchers:
+        await asyncio.wait_for(watcher.is_over.wait(), PATIENCE)
+        if watcher.error is not None:
+            raise watcher.error
+        for mine, ours in zip(vars(watcher.transcript).values(), vars(transcript).values(), strict=True):
+            ours.update(mine)
     return transcript
 
 
@@ -73,8 +128,8 @@ async def until(fact: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def first_events(stream: EngineStream) -> None:
-    assert await asyncio.wait_for(anext(aiter(stream)), PATIENCE)
+async def first_events(watcher: Watcher) -> None:
+    await asyncio.wait_for(watcher.has_begun.wait(), PATIENCE)
 
 
 async def test_requests_together_are_answered_as_each_alone() -> None:
@@ -88,8 +143,8 @@ async def test_requests_together_are_answered_as_each_alone() -> None:
             make_request("prompt", [1, 2, 3], 0, prompt_logprobs=0),
             make_request("stopped", [3, 4, 5], 7, stop=range(97)),
         ]
-        together = await collect(*map(client.submit, requests))
-        alone = [await collect(client.submit(request)) for request in requests]
+        together = await collect(*[Watcher(client, request) for request in requests])
+        alone = [await collect(Watcher(client, request)) for request in requests]
         assert together.tokens == {key: tokens for one in alone for key, tokens in one.tokens.items()}
         assert together.tokens["plain", 0] == [expected_token((3, 4, 5), 0, position) for position in range(3, 10)]
         assert [len(together.tokens["many", sample]) for sample in range(3)] == [5] * 3
@@ -105,34 +160,37 @@ async def test_requests_together_are_answered_as_each_alone() -> None:
 async def test_what_is_closed_or_aborted_frees_its_slots() -> None:
     async with ready(make_client()) as client:
         leaver, stayer = (
-            client.submit(make_request("leaver", max_tokens=ENDLESS, n=3)),
-            client.submit(make_request("stayer", max_tokens=ENDLESS)),
+            Watcher(client, make_request("leaver", max_tokens=ENDLESS, n=3)),
+            Watcher(client, make_request("stayer", max_tokens=ENDLESS)),
         )
-        waiter = client.submit(make_request("waiter", max_tokens=2, n=3))
+        waiter = Watcher(client, make_request("waiter", max_tokens=2, n=3))
         await first_events(leaver)
         await until(lambda: client.stats.num_slots_used == 4)
         client.abort_sample("stayer", 0)
         stayed = await collect(stayer)
         assert stayed.reason("stayer") is FinishReason.ABORT
-        await leaver.aclose()
-        await leaver.aclose()
-        assert [events async for events in leaver] == []
+        client.abandon("leaver")
+        client.abandon("leaver")
+        seen = len(leaver.transcript.tokens["leaver", 0])
         waited = await collect(waiter)
         assert [waited.reason("waiter", sample) for sample in range(3)] == [FinishReason.LENGTH] * 3
         await until(lambda: client.stats.num_slots_used == 0)
+        assert len(leaver.transcript.tokens["leaver", 0]) == seen
+        assert not leaver.transcript.ends
         client.abort_sample("unknown", 0)
+        client.abandon("unknown")
         # the id is free again, and nothing of its former owner arrives
-        again = await collect(client.submit(make_request("leaver", max_tokens=3)))
+        again = await collect(Watcher(client, make_request("leaver", max_tokens=3)))
         assert len(again.tokens["leaver", 0]) == 3
 
 
 async def test_bad_requests_end_alone_and_signals_are_left_to_the_parent() -> None:
     async with ready(make_client()) as client:
         assert client.pid is not None
-        good = client.submit(make_request("good", max_tokens=3000))
+        good = Watcher(client, make_request("good", max_tokens=3000))
         with pytest.raises(ValueError, match="live already"):
-            client.submit(make_request("good"))
-        bad = [client.submit(make_request("n", n=5)), client.submit(make_request("empty", []))]
+            Watcher(client, make_request("good"))
+        bad = [Watcher(client, make_request("n", n=5)), Watcher(client, make_request("empty", []))]
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(client.pid, number)
         transcript = await collect(good, *bad)
@@ -144,12 +202,12 @@ async def test_bad_requests_end_alone_and_signals_are_left_to_the_parent() -> No
         await client.stop(10)
         assert time.monotonic() - started < 5
         with pytest.raises(EngineUnavailable):
-            client.submit(make_request())
+            Watcher(client, make_request())
 
 
 async def test_a_killed_process_is_noticed_and_started_again() -> None:
     async with ready(make_client()) as client:
-        stream = client.submit(make_request("long", max_tokens=ENDLESS))
+        stream = Watcher(client, make_request("long", max_tokens=ENDLESS))
         await first_events(stream)
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
@@ -157,17 +215,17 @@ async def test_a_killed_process_is_noticed_and_started_again() -> None:
             await collect(stream)
         assert client.status is EngineStatus.RESTARTING
         with pytest.raises(EngineUnavailable, match="restarting"):
-            client.submit(make_request())
-        await stream.aclose()
+            Watcher(client, make_request())
+        client.abandon("long")
         await until(lambda: client.status is EngineStatus.READY)
         assert client.num_restarts == 1
-        assert len((await collect(client.submit(make_request("long")))).tokens["long", 0]) == 4
+        assert len((await collect(Watcher(client, make_request("long")))).tokens["long", 0]) == 4
 
 
 async def test_a_process_that_dies_too_often_is_fatal() -> None:
     async with ready(make_client("kill_at=3", max_restarts=0)) as client:
         with pytest.raises(EngineDied):
-            await collect(client.submit(make_request(max_tokens=ENDLESS)))
+            await collect(Watcher(client, make_request(max_tokens=ENDLESS)))
         assert client.status is EngineStatus.STOPPED
         assert "SIGKILL, after 0 restarts within 60 s" in str(client.fatal.result())
         with pytest.raises(EngineStartError):
@@ -179,7 +237,7 @@ async def test_a_hang_shows_in_the_heartbeat_and_idleness_does_not() -> None:
         for _ in range(12):
             await asyncio.sleep(0.1)
             assert client.heartbeat_age() < 1.0
-        stream = client.submit(make_request(max_tokens=ENDLESS))
+        stream = Watcher(client, make_request(max_tokens=ENDLESS))
         await first_events(stream)
         await until(lambda: client.heartbeat_age() > 1.5)
         assert client.status is EngineStatus.READY
@@ -215,7 +273,7 @@ async def test_stopping_while_it_loads_takes_no_time() -> None:
     await client.start()
     assert client.status is EngineStatus.STARTING
     with pytest.raises(EngineUnavailable, match="starting"):
-        client.submit(make_request())
+        Watcher(client, make_request())
     with pytest.raises(EngineUnavailable):
         _ = client.info
     waiting = asyncio.create_task(client.wait_ready())
@@ -234,14 +292,17 @@ from app.engine.client import ProcessEngineClient
 from app.engine.config import EngineConfig
 from app.engine.request import GenerationRequest, SamplingParams
 
+class Sink:
+    def on_token(self, token_id):
+        pass
+
 async def main():
     client = ProcessEngineClient(EngineConfig(""), command=sys.argv[1:])
     await client.start()
     await client.wait_ready()
-    stream = client.submit(GenerationRequest("r", (1, 2), SamplingParams(), max_tokens=10**9))
+    client.submit(GenerationRequest("r", (1, 2), SamplingParams(), max_tokens=10**9), [Sink()])
     print(client.pid, flush=True)
-    async for _ in stream:
-        pass
+    await asyncio.Event().wait()
 
 asyncio.run(main())
 """
@@ -272,7 +333,7 @@ async def test_a_checkpoint_is_served_by_the_real_process(tmp_path: Path) -> Non
     as_seen_by_servers: EngineClient = client
     async with ready(client):
         prompt = [7, 8, 9, 10, 60]
-        transcript = await collect(client.submit(make_request(prompt=prompt, max_tokens=12)))
+        transcript = await collect(Watcher(client, make_request(prompt=prompt, max_tokens=12)))
         info = as_seen_by_servers.info
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert transcript.tokens["r", 0] == expected[0, len(prompt) :].tolist()
@@ -308,7 +369,7 @@ async def test_the_socket_is_private_and_leaves_nothing_behind(
     await starting
     assert not mine.exists()
     async with ready_again(client):
-        assert len((await collect(client.submit(make_request()))).tokens["r", 0]) == 4
+        assert len((await collect(Watcher(client, make_request()))).tokens["r", 0]) == 4
     assert not any(directory.iterdir())
 
 

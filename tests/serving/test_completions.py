@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.engine.interface import EngineStatus
+from app.engine.interface import EngineStatus, SampleSink
 from app.engine.request import GenerationRequest, TokenLogprobs
 from app.schemas.completions import Completion
 from app.serving.completions import CompletionService
@@ -23,7 +23,7 @@ from app.serving.logprobs import LogprobEntry, logprobs_object
 from app.serving.parsing import parse_completion_request
 from app.serving.prepared import PreparedCompletion
 from app.serving.tokenizer import Tokenizer
-from tests.fakes import FakeEngine, FakeStream, make_info
+from tests.fakes import FakeEngine, make_info
 from tests.serving.conftest import EOS, make_byte_fallback, train_byte_level
 from tests.serving.test_stops import cut
 
@@ -35,8 +35,8 @@ def prepare(service: CompletionService, **fields: Any) -> PreparedCompletion:
     return service.prepare(parse_completion_request(json.dumps({"prompt": "the dog", **fields}).encode()), "r")
 
 
-async def complete(service: CompletionService, **fields: Any) -> dict[str, Any]:
-    answer: dict[str, Any] = json.loads(await service.complete(prepare(service, **fields)))
+async def complete(service: CompletionService, observer: Any = None, **fields: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(await service.complete(prepare(service, **fields), observer))
     check_shape(answer)
     return answer
 
@@ -46,9 +46,38 @@ def check_shape(answer: dict[str, Any]) -> None:
     assert Completion.model_validate(answer, strict=True).model_dump(exclude_unset=True) == answer
 
 
+@dataclass
+class Writes:
+    """An outlet that keeps what was written."""
+
+    is_blocked: bool = False
+    batches: list[list[dict[str, Any]]] = field(default_factory=list)
+
+    def write(self, payloads: list[bytes]) -> None:
+        assert payloads
+        assert not self.is_blocked
+        self.batches.append([json.loads(payload) for payload in payloads])
+
+    @property
+    def chunks(self) -> list[dict[str, Any]]:
+        return [chunk for batch in self.batches for chunk in batch]
+
+    @property
+    def texts(self) -> list[str]:
+        return [choice["text"] for chunk in self.chunks for choice in chunk["choices"]]
+
+
+async def stream(service: CompletionService, writes: Writes, observer: Any = None, **fields: Any) -> None:
+    """Write a stream to its end. Raises what it ends with."""
+    with closing(service.stream(prepare(service, stream=True, **fields), writes, observer)) as run:
+        await run.done
+        run.check()
+
+
 async def chunks(service: CompletionService, **fields: Any) -> list[dict[str, Any]]:
-    async with aclosing(service.stream(prepare(service, stream=True, **fields))) as batches:
-        return [json.loads(payload) async for payloads in batches for payload in payloads]
+    writes = Writes()
+    await stream(service, writes, **fields)
+    return writes.chunks
 
 
 def join(parts: Iterable[dict[str, Any]], num_choices: int) -> list[dict[str, Any]]:
@@ -384,23 +413,16 @@ def check_offsets(choice: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("failure", "kind"), [("error", ServerFailure), ("abort", Unavailable), ("died", Unavailable)])
 async def test_failures_come_after_the_text_before_them(
-    make_service: Callable[..., CompletionService], engine: FakeEngine, failure: str, kind: type[RequestError]
+    service: CompletionService, engine: FakeEngine, failure: str, kind: type[RequestError]
 ) -> None:
     notes = Notes()
-    service = make_service(notes)
     engine.fail_at, engine.failure = 2, failure
-    texts: list[str] = []
-
-    async def read() -> None:
-        async with aclosing(service.stream(prepare(service, prompt=["the dog", "a fox"], stream=True))) as batches:
-            async for payloads in batches:
-                texts.extend(json.loads(payload)["choices"][0]["text"] for payload in payloads)
-
+    writes = Writes()
     with pytest.raises(kind):
-        await read()
-    assert "the" in texts
+        await stream(service, writes, notes, prompt=["the dog", "a fox"])
+    assert "the" in writes.texts
     with pytest.raises(kind):
-        await complete(service)
+        await complete(service, notes)
     assert not engine.live
     assert [call[:2] for call in notes.calls if call[0] == "finish"] == [("finish", "error")] * 2
 
@@ -412,7 +434,7 @@ async def test_an_engine_that_takes_no_requests(service: CompletionService, engi
         await service.complete(prepared)
     assert caught.value.retry_after is not None
     with pytest.raises(Unavailable):
-        service.stream(prepared)
+        service.stream(prepared, Writes())
 
 
 async def test_an_engine_that_takes_only_the_first_prompt(
@@ -420,66 +442,54 @@ async def test_an_engine_that_takes_only_the_first_prompt(
 ) -> None:
     submit = engine.submit
 
-    def submit_once(request: GenerationRequest) -> FakeStream:
-        stream = submit(request)
+    def submit_once(request: GenerationRequest, sinks: Sequence[SampleSink]) -> None:
+        submit(request, sinks)
         engine.status = EngineStatus.RESTARTING
-        return stream
 
     monkeypatch.setattr(engine, "submit", submit_once)
     with pytest.raises(Unavailable):
-        service.stream(prepare(service, prompt=["a", "b"]))
-    await anyio.sleep(0.01)
+        service.stream(prepare(service, prompt=["a", "b"]), Writes())
     assert not engine.live
 
 
-async def test_an_engine_that_ends_too_early_is_noticed(
-    service: CompletionService, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def nothing(_: FakeStream) -> Any:
-        for _ in range(0):
-            yield []
-
-    monkeypatch.setattr(FakeStream, "_generate", nothing)
-    with pytest.raises(ServerFailure):
-        await complete(service)
-
-
 @pytest.mark.parametrize("prompt", ["the dog", ["the dog", "a fox"]])
-async def test_cancelling_frees_the_rows(
-    make_service: Callable[..., CompletionService], engine: FakeEngine, prompt: Any
-) -> None:
+async def test_cancelling_frees_the_rows(service: CompletionService, engine: FakeEngine, prompt: Any) -> None:
     notes = Notes()
-    service = make_service(notes)
     engine.delay = 0.005
     for is_stream in (False, True):
         with anyio.move_on_after(0.05) as scope:
             if is_stream:
-                await chunks(service, prompt=prompt, max_tokens=10**6)
+                await stream(service, Writes(), notes, prompt=prompt, max_tokens=10**6)
             else:
-                await complete(service, prompt=prompt, max_tokens=10**6)
+                await complete(service, notes, prompt=prompt, max_tokens=10**6)
         assert scope.cancelled_caught
-        await anyio.sleep(0.01)
         assert not engine.live
     assert [call[1] for call in notes.calls if call[0] == "finish"] == ["abort", "abort"]
 
 
-async def test_a_stream_that_was_never_read_frees_its_rows(service: CompletionService, engine: FakeEngine) -> None:
-    stream = service.stream(prepare(service, prompt=["a", "b"], n=2))
+async def test_a_stream_closed_at_once_frees_its_rows(service: CompletionService, engine: FakeEngine) -> None:
+    writes = Writes()
+    run = service.stream(prepare(service, prompt=["a", "b"], n=2, stream=True), writes)
     assert len(engine.live) == 2
-    await stream.aclose()
-    await stream.aclose()
+    run.close()
+    run.close()
     assert not engine.live
+    await anyio.sleep(0.01)
+    assert not writes.batches
 
 
-@pytest.mark.parametrize("prompt", ["the dog", ["the dog", "a fox"]])
-async def test_a_stream_left_early_frees_its_rows(service: CompletionService, engine: FakeEngine, prompt: Any) -> None:
-    stream = service.stream(prepare(service, prompt=prompt, max_tokens=10**9))
-    await anext(stream)
-    with anyio.fail_after(5):
-        await stream.aclose()
+async def test_nothing_is_written_after_a_stream_was_closed(service: CompletionService, engine: FakeEngine) -> None:
+    writes = Writes()
+    run = service.stream(prepare(service, prompt=["the dog", "a fox"], max_tokens=10**9, stream=True), writes)
+    while not writes.batches:
+        await anyio.sleep(0)
+    # a turn that was begun before meets a run that is closed
+    run.close()
+    num_batches = len(writes.batches)
+    await anyio.sleep(0.01)
+    run.resume()
+    assert len(writes.batches) == num_batches
     assert not engine.live
-    with pytest.raises(StopAsyncIteration):
-        await anext(stream)
 
 
 async def test_a_dead_engine_is_noticed_while_waiting(service: CompletionService, engine: FakeEngine) -> None:
@@ -491,18 +501,17 @@ async def test_a_dead_engine_is_noticed_while_waiting(service: CompletionService
         await task
 
 
-async def test_what_an_observer_hears(make_service: Callable[..., CompletionService], engine: FakeEngine) -> None:
+async def test_what_an_observer_hears(service: CompletionService, engine: FakeEngine) -> None:
     notes = Notes()
-    service = make_service(notes)
     engine.burst = 2
-    await complete(service, n=2, max_tokens=3)
+    await complete(service, notes, n=2, max_tokens=3)
     assert notes.calls == [("first",), ("tokens", 2), ("finish", "length", 2, 6)]
     notes.calls.clear()
-    await complete(service, echo=True, max_tokens=0, logprobs=0)
+    await complete(service, notes, echo=True, max_tokens=0, logprobs=0)
     assert notes.calls == [("finish", "length", 2, 0)]
     notes.calls.clear()
     engine.script = says("a")
-    await complete(service)
+    await complete(service, notes)
     assert notes.calls == [("first",), ("finish", "stop", 2, 2)]
 
 

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.engine.client.child import EngineChild
-from app.engine.client.stream import EngineStream
+from app.engine.client.live import LiveRequests
 from app.engine.config import EngineConfig
-from app.engine.interface import EngineDied, EngineStartError, EngineStatus, EngineUnavailable
-from app.engine.messages import Abort, Beat, Checked, Ready, Report, StepReport, Stop, Submit, unpack_rich
-from app.engine.request import EngineStats, GenerationRequest, ModelInfo, PromptLogprobsEvent, TokenEvent
+from app.engine.interface import EngineDied, EngineStartError, EngineStatus, EngineUnavailable, SampleSink
+from app.engine.messages import Abort, Beat, Checked, Ready, Report, StepReport, Stop, Submit
+from app.engine.request import EngineStats, GenerationRequest, ModelInfo
 
-__all__ = ["EngineStream", "ProcessEngineClient"]
+__all__ = ["ProcessEngineClient"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,7 @@ class ProcessEngineClient:
         self._num_restarts = 0
         self._last_beat = 0.0
         self._start_error: str | None = None
-        self._streams: dict[int, EngineStream] = {}
-        self._keys: dict[str, int] = {}
-        self._next_key = 0
+        self._live = LiveRequests()
         self._checked = asyncio.Event()
         self._ready = asyncio.Event()
         self._fatal: asyncio.Future[EngineStartError] | None = None
@@ -116,23 +114,23 @@ class ProcessEngineClient:
         """Wait until requests are taken. Raises EngineStartError when that will not happen."""
         await self._wait_for(self._ready)
 
-    def submit(self, request: GenerationRequest) -> EngineStream:
+    def submit(self, request: GenerationRequest, sinks: Sequence[SampleSink]) -> None:
         """Queue a request. Raises EngineUnavailable, and ValueError for an id that is live."""
         if self._status is not EngineStatus.READY or self._child is None:
             raise EngineUnavailable(f"the engine is {self._status}")
-        if request.request_id in self._keys:
-            raise ValueError(f"request {request.request_id} is live already")
-        self._next_key += 1
-        stream = EngineStream(request, self._abandon)
-        self._keys[request.request_id] = self._next_key
-        self._streams[self._next_key] = stream
-        self._child.send(Submit(self._next_key, request))
-        return stream
+        self._child.send(Submit(self._live.add(request, sinks), request))
 
     def abort_sample(self, request_id: str, sample: int) -> None:
         """End one sample early; its event still arrives. What is not live is ignored."""
-        if self._child is not None and request_id in self._keys:
+        if self._child is not None and request_id in self._live:
             self._child.send(Abort(request_id, sample))
+
+    def abandon(self, request_id: str) -> None:
+        """End all of a request, of which nothing is told any more. What is not live is ignored."""
+        if request_id in self._live:
+            self._live.remove(request_id)
+            if self._child is not None:
+                self._child.send(Abort(request_id, None))
 
     async def stop(self, grace: float) -> None:
         """End the process: after the step under way, by force once ``grace`` seconds have passed. Idempotent."""
@@ -140,7 +138,7 @@ class ProcessEngineClient:
             self._restart_handle.cancel()
         was_ready = self._status is EngineStatus.READY
         self._status = EngineStatus.STOPPED
-        self._fail_streams("the engine was stopped")
+        self._live.lose_all(EngineDied("the engine was stopped"))
         for event in (self._checked, self._ready):
             event.set()
         child = self._child
@@ -176,7 +174,7 @@ class ProcessEngineClient:
         self._last_beat = asyncio.get_running_loop().time()
         if isinstance(report, StepReport):
             self._stats = report.stats
-            self._deliver(report)
+            self._live.deliver(report)
         elif isinstance(report, Beat):
             self._stats = report.stats or self._stats
         elif isinstance(report, Checked):
@@ -203,37 +201,6 @@ class ProcessEngineClient:
             info.state_bytes_per_seq / 2**20,
         )
 
-    def _deliver(self, report: StepReport) -> None:
-        streams = self._streams
-        for piece in report.prompt_slices:
-            if stream := streams.get(piece.key):
-                stream.push(PromptLogprobsEvent(stream.request_id, piece.start, piece.logprobs))
-        for rich in report.rich:
-            if stream := streams.get(rich.key):
-                stream.push(unpack_rich(stream.request_id, rich))
-                if stream.is_finished:
-                    self._forget(stream)
-        for key, sample, token_id in zip(report.keys, report.samples, report.tokens, strict=True):
-            if stream := streams.get(key):
-                stream.push(TokenEvent(stream.request_id, sample, token_id))
-
-    def _abandon(self, stream: EngineStream) -> None:
-        self._forget(stream)
-        if self._child is not None:
-            self._child.send(Abort(stream.request_id, None))
-
-    def _forget(self, stream: EngineStream) -> None:
-        key = self._keys.pop(stream.request_id, None)
-        if key is not None:
-            del self._streams[key]
-
-    def _fail_streams(self, reason: str) -> None:
-        streams = list(self._streams.values())
-        self._streams.clear()
-        self._keys.clear()
-        for stream in streams:
-            stream.fail(EngineDied(reason))
-
     def _on_exit(self, status: int) -> None:
         self._child = None
         self._stats = EngineStats()
@@ -241,7 +208,7 @@ class ProcessEngineClient:
             return
         was_starting = self._status is EngineStatus.STARTING
         ending = _describe_exit(status)
-        self._fail_streams(f"the engine process {ending}")
+        self._live.lose_all(EngineDied(f"the engine process {ending}"))
         if self._start_error is not None:
             self._give_up(self._start_error)
         elif was_starting:

@@ -1,0 +1,16 @@
+"""Where the chunks of a streamed completion go, without this room knowing of HTTP."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Outlet(Protocol):
+    """One client that reads a stream. ``CompletionRun.resume`` is to be called when it can be written to again."""
+
+    @property
+    def is_blocked(self) -> bool:
+        """More is not to be written now. What comes meanwhile waits as text and leaves together."""
+
+    def write(self, payloads: list[bytes]) -> None:
+        """Send chunks, each a JSON object; called only while not blocked, with at least one. Must not block."""

@@ -1,0 +1,215 @@
+"""One completion in the engine: submitted, followed, and its rows freed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+from app.engine.interface import EngineClient, EngineError
+from app.serving.choices import Choice
+from app.serving.errors import RequestError, ServerFailure
+from app.serving.failures import request_error
+from app.serving.logprobs import logprobs_object
+from app.serving.observer import CompletionObserver
+from app.serving.outlet import Outlet
+from app.serving.payloads import ChunkEncoder, head_object, usage_object
+from app.serving.prepared import PreparedCompletion
+from app.serving.tokenizer import Tokenizer
+from app.serving.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+
+class CompletionRun:
+    """Hands the request to the engine at once, so it must be closed in any case. Lives on one event loop.
+
+    With an ``outlet`` chunks go there as soon as they can; without one ``answer`` gives the whole in the end.
+
+    Raises RequestError.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        turns: Turns,
+        prepared: PreparedCompletion,
+        outlet: Outlet | None,
+        observer: CompletionObserver | None,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._turns = turns
+        self._prepared = prepared
+        self._outlet = outlet
+        self._encoder = ChunkEncoder(prepared)
+        self._observer = observer
+        self._num_prompt_tokens = prepared.num_prompt_tokens
+        self._num_generated = 0
+        self._last_batch_at: float | None = None
+        self._failure: RequestError | None = None
+        self._is_ended = False
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # choices with something to take in, and those with something to write
+        self._touched: list[Choice] = []
+        self._changed: dict[Choice, None] = {}
+        self._choices = [
+            Choice(i * prepared.n + sample, prepared, prompt, tokenizer, self._on_arrival)
+            for i, prompt in enumerate(prepared.prompts)
+            for sample in range(prepared.n)
+        ]
+        self._num_unfinished = len(self._choices)
+        self._submit()
+
+    @property
+    def is_over(self) -> bool:
+        """The engine has nothing more to say; something may still wait for the outlet."""
+        return self._num_unfinished == 0 or self._failure is not None
+
+    @property
+    def done(self) -> asyncio.Future[None]:
+        """Done once it is over and everything was written."""
+        return self._done
+
+    def check(self) -> None:
+        """Raises what made the run fail."""
+        if self._failure is not None:
+            raise self._failure
+
+    def answer(self) -> bytes:
+        """The whole answer as JSON, once it is done."""
+        choices = [self._choice_object(choice) for choice in self._choices]
+        return orjson.dumps({**head_object(self._prepared), "choices": choices, "usage": self._usage()})
+
+    def flush(self, now: float) -> None:
+        """Take in what has arrived and write it, if it can be written."""
+        touched, self._touched = self._touched, []
+        num_before = self._num_generated
+        for choice in touched:
+            self._take_in(choice)
+        num_tokens = self._num_generated - num_before
+        if num_tokens:
+            self._observe(num_tokens, now)
+        self.resume()
+
+    def resume(self) -> None:
+        """Write what waits for the outlet, which is not blocked any more."""
+        if self._changed and self._outlet is not None and not self._outlet.is_blocked:
+            self._write(self._outlet)
+        if self.is_over:
+            self._settle()
+
+    def fail(self, error: Exception) -> None:
+        """Something that must not happen did."""
+        logger.error("completion failed", exc_info=error)
+        self._failure = ServerFailure("the server failed on this request")
+        self._changed.clear()
+        self._settle()
+
+    def close(self) -> None:
+        """Free the rows that are not free yet. Idempotent."""
+        self._end("abort")
+        self._num_unfinished = 0
+        # each choice knows this run, and such rings stay in memory for long
+        for choices in (self._choices, self._touched, self._changed):
+            choices.clear()
+        for prompt in self._prepared.prompts:
+            self._engine.abandon(prompt.request.request_id)
+
+    def _submit(self) -> None:
+        n = self._prepared.n
+        try:
+            for i, prompt in enumerate(self._prepared.prompts):
+                self._engine.submit(prompt.request, self._choices[i * n : i * n + n])
+        except EngineError as error:
+            self._end("error")
+            self.close()
+            raise request_error(error) from error
+
+    def _on_arrival(self, choice: Choice) -> None:
+        if not self._touched:
+            self._turns.add(self)
+        self._touched.append(choice)
+
+    def _take_in(self, choice: Choice) -> None:
+        if self.is_over:
+            return
+        was_over = choice.is_over
+        num_before = choice.num_tokens
+        choice.take_in()
+        if was_over:
+            return
+        self._num_generated += choice.num_tokens - num_before
+        self._changed[choice] = None
+        self._failure = choice.failure
+        if choice.finish_reason is not None:
+            self._num_unfinished -= 1
+            if choice.is_cut:
+                self._abort(choice)
+
+    def _abort(self, choice: Choice) -> None:
+        number, sample = divmod(choice.index, self._prepared.n)
+        with suppress(EngineError):
+            self._engine.abort_sample(self._prepared.prompts[number].request.request_id, sample)
+
+    def _write(self, outlet: Outlet) -> None:
+        payloads = [payload for choice in self._changed if (payload := self._chunk(choice))]
+        self._changed.clear()
+        if self._num_unfinished == 0 and self._prepared.has_usage_chunk:
+            payloads.append(self._encoder.usage_chunk(self._usage()))
+        if payloads:
+            outlet.write(payloads)
+
+    def _chunk(self, choice: Choice) -> bytes | None:
+        usage = self._usage() if self._prepared.has_continuous_usage else None
+        if self._prepared.logprobs is None and choice.finish_reason is None:
+            text = choice.take_text()
+            return self._encoder.chunk(choice.index, text, usage) if text else None
+        content = self._choice_object(choice)
+        is_empty = not content["text"] and not content["logprobs"] and choice.finish_reason is None
+        return None if is_empty else self._encoder.full_chunk(content, usage)
+
+    def _choice_object(self, choice: Choice) -> dict[str, Any]:
+        """What came of a choice since it was asked for last."""
+        text, entries, end = choice.take()
+        has_logprobs = self._prepared.logprobs is not None and (entries or not self._prepared.is_stream)
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": logprobs_object(entries, self._tokenizer, end) if has_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        return usage_object(self._num_prompt_tokens, self._num_generated)
+
+    def _observe(self, num_tokens: int, now: float) -> None:
+        if self._observer is None:
+            return
+        if self._last_batch_at is None:
+            self._observer.on_first_token(now - self._prepared.started)
+        else:
+            self._observer.on_tokens(num_tokens, now - self._last_batch_at)
+        self._last_batch_at = now
+
+    def _settle(self) -> None:
+        if self._failure is not None:
+            self._end("error")
+        else:
+            self._end("length" if any(choice.finish_reason == "length" for choice in self._choices) else "stop")
+        if not self._done.done() and (self._outlet is None or not self._changed):
+            self._done.set_result(None)
+
+    def _end(self, reason: str) -> None:
+        if self._is_ended:
+            return
+        self._is_ended = True
+        if self._observer is not None:
+            seconds = time.monotonic() - self._prepared.started
+            self._observer.on_finish(reason, self._num_prompt_tokens, self._num_generated, seconds)
