@@ -24,6 +24,10 @@ from app.engine.sampler import GREEDY_TEMPERATURE
 _BLOCK = 1024
 # logits that one program of a filtered row looks at together
 _CHUNK = 2048
+# logits among which the threshold of a filter is sought without reading the row again
+_CANDIDATES = 4096
+# blocks whose sums such a row makes together
+_GROUP = 4
 _BLOCK_WARPS = 4
 _ROW_WARPS = 8
 
@@ -91,6 +95,7 @@ def draw_tokens(logits: Tensor, slots: Tensor, tables: SlotSampling) -> tuple[Te
         *shared,
         tokens,
         is_finite.view(torch.uint8),
+        torch.empty(num_rows, _CANDIDATES, dtype=torch.float32, device=logits.device),
         row_units,
         V=num_tokens,
         ALIGN=align,
@@ -98,6 +103,8 @@ def draw_tokens(logits: Tensor, slots: Tensor, tables: SlotSampling) -> tuple[Te
         NUM_BLOCKS=num_blocks,
         BLOCKS=triton.next_power_of_2(num_blocks),
         CHUNK=_CHUNK,
+        CANDIDATES=_CANDIDATES,
+        GROUP=_GROUP,
         num_warps=_ROW_WARPS,
     )
     return tokens, is_finite

@@ -29,7 +29,7 @@ FIRST_FACTOR = tl.constexpr(0xBF58476D1CE4E5B9)
 SECOND_FACTOR = tl.constexpr(0x94D049BB133111EB)
 
 # how often the search divides its interval evenly in value, before it divides evenly in representable numbers
-EVEN_STEPS = tl.constexpr(12)
+EVEN_STEPS = tl.constexpr(10)
 
 
 @triton.jit
@@ -133,73 +133,148 @@ def sampler_block_kernel(
 
 
 @triton.jit
-def threshold_of(row_ptr, maximum, lowest, target, is_count, temperature, V: tl.constexpr, CHUNK: tl.constexpr):
+def levels_between(low, high, maximum, temperature, step):
+    """Three levels, not falling, that cut low < level < high into four parts; high - low is at least 2."""
+    if step == 0:
+        # a first look at where most thresholds lie
+        first = order(tl.maximum(maximum - 18.0 * temperature, LOWEST)).to(tl.int64)
+        second = order(tl.maximum(maximum - 6.0 * temperature, LOWEST)).to(tl.int64)
+        third = order(tl.maximum(maximum - 2.0 * temperature, LOWEST)).to(tl.int64)
+    elif step <= EVEN_STEPS:
+        bottom = from_order(low)
+        quarter = from_order(high - 1) * 0.25 - bottom * 0.25
+        first = order(bottom + quarter).to(tl.int64)
+        second = order(bottom + quarter * 2).to(tl.int64)
+        third = order(bottom + quarter * 3).to(tl.int64)
+    else:
+        first = low + (high - low) // 4
+        second = low + (high - low) // 2
+        third = high - (high - low) // 4
+    first = tl.minimum(tl.maximum(first, low + 1), high - 1)
+    second = tl.minimum(tl.maximum(second, first), high - 1)
+    third = tl.minimum(tl.maximum(third, second), high - 1)
+    return first, second, third
+
+
+@triton.jit
+def pick(reaches_1, reaches_2, reaches_3, below, first, second, third):
+    """The last of four rising numbers up to which the target is reached."""
+    return tl.where(reaches_3, third, tl.where(reaches_2, second, tl.where(reaches_1, first, below)))
+
+
+@triton.jit
+def gather_between(row_ptr, scratch_ptr, low, high, V: tl.constexpr, CHUNK: tl.constexpr):
+    """Write the logits x with low <= order(x) < high to the scratch memory, in the order of tokens."""
+    bottom, top = from_order(low), from_order(high - 1)
+    count = tl.zeros([], dtype=tl.int32)
+    for start in range(0, V, CHUNK):
+        x, mask = load_logits(row_ptr, start, V, CHUNK)
+        is_between = mask & (x >= bottom) & (x <= top)
+        ranks = tl.cumsum(is_between.to(tl.int32), axis=0)
+        tl.store(scratch_ptr + count + ranks - 1, x, mask=is_between)
+        count += tl.max(ranks, axis=0)
+    # what one thread wrote, others read
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def threshold_of(
+    row_ptr,
+    scratch_ptr,
+    maximum,
+    lowest,
+    num_above,
+    target,
+    temperature,
+    IS_COUNT: tl.constexpr,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
     """The greatest logit x for which the logits from x up number ``target``, or weigh as much; not below ``lowest``.
 
-    The search keeps low <= order(x) < high. Each pass over the row sums at three levels between the two, and draws
-    both in to logits that exist, so that it ends as soon as one distinct logit is left.
+    The search keeps low <= order(x) < high and sums at three levels between the two at a time: over the row until at
+    most CANDIDATES logits are left, then over these, which one tile holds. ``num_above`` is how many logits are not
+    below ``lowest``, at most. Returns x, and how many logits are not below it, at most.
     """
     rate, rest, reach = rate_of(temperature)
     low = order(lowest).to(tl.int64)
     high = order(maximum).to(tl.int64) + 1
+    # how many logits reach high, and how much they make up of the target
+    num_done = tl.zeros([], dtype=tl.int32)
+    done = tl.zeros([], dtype=tl.float64)
     step = 0
-    while low + 1 < high:
-        # a first look at where most thresholds lie
-        level_1 = order(tl.maximum(maximum - 18.0 * temperature, LOWEST)).to(tl.int64)
-        level_2 = order(tl.maximum(maximum - 6.0 * temperature, LOWEST)).to(tl.int64)
-        level_3 = order(tl.maximum(maximum - 2.0 * temperature, LOWEST)).to(tl.int64)
-        if step > 0:
-            level_1 = low + (high - low) // 4
-            level_2 = low + (high - low) // 2
-            level_3 = high - (high - low) // 4
-            if step <= EVEN_STEPS:
-                bottom = from_order(low)
-                quarter = from_order(high - 1) * 0.25 - bottom * 0.25
-                level_1 = order(bottom + quarter).to(tl.int64)
-                level_2 = order(bottom + quarter * 2).to(tl.int64)
-                level_3 = order(bottom + quarter * 3).to(tl.int64)
-        step += 1
-        level_1 = tl.minimum(tl.maximum(level_1, low + 1), high - 1)
-        level_2 = tl.minimum(tl.maximum(level_2, low + 1), high - 1)
-        level_3 = tl.minimum(tl.maximum(level_3, low + 1), high - 1)
-        first, second, third = level_1.to(tl.int32), level_2.to(tl.int32), level_3.to(tl.int32)
-        bottom_order, top_order = low.to(tl.int32), (high - 1).to(tl.int32)
+    while (low + 1 < high) & (num_above - num_done > CANDIDATES):
+        first, second, third = levels_between(low, high, maximum, temperature, step)
+        level_1, level_2, level_3 = from_order(first), from_order(second), from_order(third)
+        counts_1 = tl.zeros([CHUNK], dtype=tl.int32)
+        counts_2 = tl.zeros([CHUNK], dtype=tl.int32)
+        counts_3 = tl.zeros([CHUNK], dtype=tl.int32)
         sums_1 = tl.zeros([CHUNK], dtype=tl.float32)
         sums_2 = tl.zeros([CHUNK], dtype=tl.float32)
         sums_3 = tl.zeros([CHUNK], dtype=tl.float32)
-        least = tl.full([CHUNK], 0x7FFFFFFF, dtype=tl.int32)
-        most = tl.full([CHUNK], -0x80000000, dtype=tl.int32)
         for start in range(0, V, CHUNK):
-            x, mask = load_logits(row_ptr, start, V, CHUNK)
-            position = order(x)
-            share = tl.where(is_count, 1.0, weight_of(tl.minimum(maximum - x, reach), rate, rest))
-            share = tl.where(mask, share, 0.0)
-            sums_1 += tl.where(position >= first, share, 0.0)
-            sums_2 += tl.where(position >= second, share, 0.0)
-            sums_3 += tl.where(position >= third, share, 0.0)
-            is_between = mask & (position >= bottom_order) & (position <= top_order)
-            least = tl.minimum(least, tl.where(is_between, position, 0x7FFFFFFF))
-            most = tl.maximum(most, tl.where(is_between, position, -0x80000000))
-        reaches_1 = tl.sum(sums_1.to(tl.float64), axis=0) >= target
-        reaches_2 = tl.sum(sums_2.to(tl.float64), axis=0) >= target
-        reaches_3 = tl.sum(sums_3.to(tl.float64), axis=0) >= target
-        least_order = tl.min(least, axis=0).to(tl.int64)
-        most_order = tl.max(most, axis=0).to(tl.int64)
-        if least_order >= most_order:
-            low = tl.where(least_order == most_order, most_order, low)
-            high = low + 1
+            # those beyond the end are below every level
+            x, _ = load_logits(row_ptr, start, V, CHUNK)
+            counts_1 += (x >= level_1).to(tl.int32)
+            counts_2 += (x >= level_2).to(tl.int32)
+            counts_3 += (x >= level_3).to(tl.int32)
+            if not IS_COUNT:
+                weights = weight_of(tl.minimum(maximum - x, reach), rate, rest)
+                sums_1 += tl.where(x >= level_1, weights, 0.0)
+                sums_2 += tl.where(x >= level_2, weights, 0.0)
+                sums_3 += tl.where(x >= level_3, weights, 0.0)
+        count_1, count_2, count_3 = tl.sum(counts_1, axis=0), tl.sum(counts_2, axis=0), tl.sum(counts_3, axis=0)
+        if IS_COUNT:
+            sum_1, sum_2, sum_3 = count_1.to(tl.float64), count_2.to(tl.float64), count_3.to(tl.float64)
         else:
-            high = tl.where(reaches_1, tl.where(reaches_2, tl.where(reaches_3, high, level_3), level_2), level_1)
-            low = tl.where(reaches_3, level_3, tl.where(reaches_2, level_2, tl.where(reaches_1, level_1, low)))
-            low = tl.maximum(low, least_order)
-            high = tl.maximum(tl.minimum(high, most_order + 1), low + 1)
-    return from_order(low)
+            sum_1 = tl.sum(sums_1.to(tl.float64), axis=0)
+            sum_2 = tl.sum(sums_2.to(tl.float64), axis=0)
+            sum_3 = tl.sum(sums_3.to(tl.float64), axis=0)
+        reaches_1, reaches_2, reaches_3 = sum_1 >= target, sum_2 >= target, sum_3 >= target
+        low = pick(reaches_1, reaches_2, reaches_3, low, first, second, third)
+        high = pick(reaches_1, reaches_2, reaches_3, first, second, third, high)
+        num_above = pick(reaches_1, reaches_2, reaches_3, num_above, count_1, count_2, count_3)
+        num_done = pick(reaches_1, reaches_2, reaches_3, count_1, count_2, count_3, num_done)
+        done = pick(reaches_1, reaches_2, reaches_3, sum_1, sum_2, sum_3, done)
+        step += 1
+    if low + 1 < high:
+        count = gather_between(row_ptr, scratch_ptr, low, high, V, CHUNK)
+        candidate = tl.arange(0, CANDIDATES)
+        x = tl.load(scratch_ptr + candidate, mask=candidate < count, other=LOWEST)
+        is_there = candidate < count
+        if IS_COUNT:
+            shares = is_there.to(tl.float32)
+        else:
+            shares = tl.where(is_there, weight_of(tl.minimum(maximum - x, reach), rate, rest), 0.0)
+        while low + 1 < high:
+            # draw both ends in to logits that exist, so that the search ends when one distinct logit is left
+            is_between = is_there & (x >= from_order(low)) & (x <= from_order(high - 1))
+            least = tl.min(tl.where(is_between, x, -LOWEST), axis=0)
+            most = tl.max(tl.where(is_between, x, LOWEST), axis=0)
+            if least < most:
+                low = tl.maximum(low, order(least).to(tl.int64))
+                high = tl.minimum(high, order(most).to(tl.int64) + 1)
+                first, second, third = levels_between(low, high, maximum, temperature, step)
+                sum_1 = tl.sum(tl.where(x >= from_order(first), shares, 0.0).to(tl.float64), axis=0)
+                sum_2 = tl.sum(tl.where(x >= from_order(second), shares, 0.0).to(tl.float64), axis=0)
+                sum_3 = tl.sum(tl.where(x >= from_order(third), shares, 0.0).to(tl.float64), axis=0)
+                reaches_1, reaches_2, reaches_3 = done + sum_1 >= target, done + sum_2 >= target, done + sum_3 >= target
+                low = pick(reaches_1, reaches_2, reaches_3, low, first, second, third)
+                high = pick(reaches_1, reaches_2, reaches_3, first, second, third, high)
+                step += 1
+            else:
+                # none is left where rounding or a target out of reach has led the search
+                low = tl.where(least == most, order(most).to(tl.int64), low)
+                high = low + 1
+    return from_order(low), num_above
 
 
 @triton.jit
 def kept_sums(
     row_ptr,
-    row_maxima_ptr,
+    row_sums_ptr,
     maximum,
     limit,
     temperature,
@@ -207,17 +282,21 @@ def kept_sums(
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """Per block, the sum of the weights of logits that are at most ``limit`` temperatures below the maximum."""
-    reach = rate_of(temperature)[2]
+    # the sums there were have been read
+    tl.debug_barrier()
+    for first in range(0, NUM_BLOCKS, GROUP):
+        block = first + tl.arange(0, GROUP)
+        token = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        mask = token < V
+        x = tl.load(row_ptr + token, mask=mask, other=LOWEST).to(tl.float32)
+        weights = kept_weights(x, mask, maximum, limit, temperature)
+        tl.store(row_sums_ptr + block, tl.sum(weights.to(tl.float64), axis=1), mask=block < NUM_BLOCKS)
+    tl.debug_barrier()
     blocks = tl.arange(0, BLOCKS)
-    sums = tl.zeros([BLOCKS], dtype=tl.float64)
-    for block in range(NUM_BLOCKS):
-        if tl.div_rn(tl.minimum(maximum - tl.load(row_maxima_ptr + block), reach), temperature) <= limit:
-            x, mask = load_logits(row_ptr, block * BLOCK, V, BLOCK)
-            weights = kept_weights(x, mask, maximum, limit, temperature)
-            sums = tl.where(blocks == block, tl.sum(weights.to(tl.float64), axis=0), sums)
-    return sums
+    return tl.load(row_sums_ptr + blocks, mask=blocks < NUM_BLOCKS, other=0.0)
 
 
 @triton.jit
@@ -242,6 +321,7 @@ def sampler_row_kernel(
     sums_ptr,
     tokens_ptr,
     is_finite_ptr,
+    scratch_ptr,
     row_units,
     V: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -249,6 +329,8 @@ def sampler_row_kernel(
     NUM_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """One token per row from what ``sampler_block_kernel`` left; the positions of the rows' slots advance by 1."""
     row = tl.program_id(0).to(tl.int64)
@@ -277,30 +359,27 @@ def sampler_row_kernel(
         if is_limited | (top_p < 1) | (limit < REACH):
             # whatever is further below weighs nothing
             lowest = tl.maximum(maximum - reach, LOWEST)
-            farthest = -LOWEST
+            num_above = tl.full([], V, dtype=tl.int32)
+            row_sums_ptr = sums_ptr + row * NUM_BLOCKS
+            scratch_ptr += row * CANDIDATES
             if is_limited:
-                lowest = threshold_of(row_ptr, maximum, lowest, top_k.to(tl.float64), True, temperature, V, CHUNK)
-                farthest = tl.div_rn(maximum - lowest, temperature)
-                if top_p < 1:
-                    sums = kept_sums(
-                        row_ptr,
-                        maxima_ptr + row * NUM_BLOCKS,
-                        maximum,
-                        farthest,
-                        temperature,
-                        V,
-                        BLOCK,
-                        NUM_BLOCKS,
-                        BLOCKS,
-                    )
+                target = top_k.to(tl.float64)
+                lowest, num_above = threshold_of(
+                    row_ptr, scratch_ptr, maximum, lowest, num_above, target, temperature, True, V, CHUNK, CANDIDATES
+                )
+                limit = tl.minimum(limit, tl.div_rn(maximum - lowest, temperature))
             if top_p < 1:
-                mass = top_p.to(tl.float64) * tl.sum(sums, axis=0)
-                lowest = threshold_of(row_ptr, maximum, lowest, mass, False, temperature, V, CHUNK)
-                farthest = tl.div_rn(maximum - lowest, temperature)
-            limit = tl.minimum(limit, farthest)
-            sums = kept_sums(
-                row_ptr, maxima_ptr + row * NUM_BLOCKS, maximum, limit, temperature, V, BLOCK, NUM_BLOCKS, BLOCKS
-            )
+                if is_limited:
+                    farthest = tl.div_rn(maximum - lowest, temperature)
+                    sums = kept_sums(
+                        row_ptr, row_sums_ptr, maximum, farthest, temperature, V, BLOCK, NUM_BLOCKS, BLOCKS, GROUP
+                    )
+                target = top_p.to(tl.float64) * tl.sum(sums, axis=0)
+                lowest, num_above = threshold_of(
+                    row_ptr, scratch_ptr, maximum, lowest, num_above, target, temperature, False, V, CHUNK, CANDIDATES
+                )
+                limit = tl.minimum(limit, tl.div_rn(maximum - lowest, temperature))
+            sums = kept_sums(row_ptr, row_sums_ptr, maximum, limit, temperature, V, BLOCK, NUM_BLOCKS, BLOCKS, GROUP)
         target = uniform(tl.load(entry_ptr), position) * tl.sum(sums, axis=0)
         block = tl.maximum(first_above(sums, target, BLOCKS), 0)
         before = tl.sum(tl.where(blocks < block, sums, 0.0), axis=0)

@@ -20,12 +20,13 @@ SHAPE = {"V": 50280, "ALIGN": 8, "BLOCK": 1024}
 POINTERS = {"slots": "*i64", "table": "*i64", "maxima": "*fp32", "indices": "*i32", "sums": "*fp64"} | {
     "tokens": "*i64",
     "is_finite": "*u8",
+    "scratch": "*fp32",
 }
 
 # kernel, constants, warps
 KERNELS: list[tuple[str, dict[str, Any], int]] = [
     ("sampler_block_kernel", SHAPE, 4),
-    ("sampler_row_kernel", SHAPE | {"NUM_BLOCKS": 50, "BLOCKS": 64, "CHUNK": 2048}, 8),
+    ("sampler_row_kernel", SHAPE | {"NUM_BLOCKS": 50, "BLOCKS": 64, "CHUNK": 2048, "CANDIDATES": 4096, "GROUP": 4}, 8),
 ]
 
 

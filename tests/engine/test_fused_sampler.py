@@ -239,6 +239,20 @@ def test_ties_at_a_threshold_are_kept_together(params: SamplingParams, device: t
     assert set(tokens) == set(tied)
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e-30, -40.0])
+def test_more_ties_than_candidates_that_are_looked_at_together(shift: float, device: torch.device) -> None:
+    params = [
+        SamplingParams(top_k=7),
+        SamplingParams(top_k=5002),
+        SamplingParams(top_p=0.5),
+        SamplingParams(top_k=6000),
+    ]
+    logits = torch.full((len(params), 10_000), -1.0)
+    logits[:, ::2] = -1.0 + 2.0**-23
+    logits[:, 1] = -5.0
+    assert_all_drawn((logits + shift).to(device), params)
+
+
 # --- rows and their neighbours
 
 
