@@ -20,7 +20,7 @@ _SINGLE_AND_INDEX = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def read_tensors(file: Path, device: torch.device) -> Iterator[tuple[str, Tensor
             for name in stored.keys():  # noqa: SIM118 - the handle is no mapping
                 yield name, stored.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
+        raise damaged(file, error) from error
 
 
 def summary(names: list[str], limit: int = 3) -> str:
@@ -110,11 +110,11 @@ def _read_header(file: Path) -> list[StoredTensor]:
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
             return [_stored(file, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from error
+        raise damaged(file, error) from error
 
 
 def _stored(file: Path, name: str, shape: tuple[int, ...], dtype: Any) -> StoredTensor:
-    known = dtype if dtype in _DTYPES.values() else _DTYPES.get(dtype)
+    known = dtype if dtype in DTYPES.values() else DTYPES.get(dtype)
     if known is None:
         raise InvalidWeights(f"{name} in {file.name} has dtype {dtype}: weights are floating point of 16 to 64 bits")
     return StoredTensor(name, shape, known, file)
@@ -127,7 +127,7 @@ def _unpickle(file: Path, device: str) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise InvalidWeights(f"{file.name} is refused: it is damaged or holds more than tensors") from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _damaged(file, error) from error
+        raise damaged(file, error) from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise InvalidWeights(f"{file.name} is refused: it does not hold named tensors")
     for name, value in content.items():
@@ -145,5 +145,6 @@ def _torch_load(file: Path, device: str) -> Any:
         return torch.load(file, map_location=device, weights_only=True)  # the format from before torch 1.6
 
 
-def _damaged(file: Path, error: Exception) -> InvalidWeights:
+def damaged(file: Path, error: Exception) -> InvalidWeights:
+    """What to raise when a file cannot be read as what it is."""
     return InvalidWeights(f"{file.name} is damaged or truncated ({type(error).__name__})")

@@ -1,8 +1,9 @@
-"""From a checkpoint's files to a model on a device, one tensor at a time."""
+"""From a checkpoint's files to a model on a device."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from mamba_core.checkpoints.errors import InvalidConfig, InvalidWeights
 from mamba_core.checkpoints.files import read_tensors
 from mamba_core.checkpoints.inspection import HEAD, CheckpointInfo, empty_model, inspect, our_name
 from mamba_core.checkpoints.layouts import GENERATION_CONFIG_FILE, eos_token_ids, one_line, read_json
+from mamba_core.checkpoints.staging import read_staged
 from mamba_core.modeling_mamba import MambaForCausalLM
 
 _EMBEDDINGS = "backbone.embeddings.weight"
 _KEPT_IN_FP32 = ("mixer.A_log", "mixer.D")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+OnBytes = Callable[[int], object]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +37,8 @@ def load(
     """The model of a checkpoint, in eval mode, its weights in ``dtype`` on ``device``.
 
     source: the checkpoint's directory, or what ``inspect`` found there, which is then not looked at once more.
-    A_log and D stay in fp32. No more than one tensor exists twice at any time. The progress bar goes to stderr.
+    A_log and D stay in fp32. Beside the weights no more exists at any time than one of the tensors, or on a GPU what
+    ``staging`` says. The progress bar goes to stderr.
     Raises InvalidConfig, UnsupportedModel or InvalidWeights.
     """
     if dtype not in _DTYPES:
@@ -52,21 +57,44 @@ def load(
 
 def _fill(model: MambaForCausalLM, info: CheckpointInfo, dtype: torch.dtype, device: torch.device, show: bool) -> None:
     head: Tensor | None = None
+    is_staged = device.type == "cuda" and all(file.suffix != ".bin" for file in info.files)
+    read = _read_staged if is_staged else _read_in_turn
     with tqdm(total=info.num_bytes, unit="B", unit_scale=True, desc="loading weights", disable=not show) as bar:
-        for file in info.files:
-            for stored_name, tensor in read_tensors(file, device):
-                name = our_name(stored_name)
-                if name not in info.tensors or tuple(tensor.shape) != info.tensors[name].shape:
-                    raise InvalidWeights(f"{file.name} changed while it was being read")
-                wanted = torch.float32 if name.endswith(_KEPT_IN_FP32) else dtype
-                # a copy even where nothing changes: the tensor may be a view of the file
-                value = tensor.detach().to(wanted, copy=True).contiguous()
-                if name == HEAD:
-                    head = value
-                else:
-                    _set(model, name, value)
-                bar.update(tensor.nbytes)
+        for name, value in read(info, dtype, device, bar.update):
+            if name == HEAD:
+                head = value
+            else:
+                _set(model, name, value)
     _set_head(model, head)
+
+
+def _read_staged(
+    info: CheckpointInfo, dtype: torch.dtype, device: torch.device, on_bytes: OnBytes
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all files at once: no bytes but those of the staging memory exist twice."""
+    tensors = read_staged(
+        info.tensors.values(), lambda stored: _wanted_dtype(our_name(stored.name), dtype), device, on_bytes
+    )
+    for name, stored in info.tensors.items():
+        yield name, tensors[stored.name]
+
+
+def _read_in_turn(
+    info: CheckpointInfo, dtype: torch.dtype, device: torch.device, on_bytes: OnBytes
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one file after the other: no more than one tensor exists twice."""
+    for file in info.files:
+        for stored_name, tensor in read_tensors(file, device):
+            name = our_name(stored_name)
+            if name not in info.tensors or tuple(tensor.shape) != info.tensors[name].shape:
+                raise InvalidWeights(f"{file.name} changed while it was being read")
+            # a copy even where nothing changes: the tensor may be a view of the file
+            yield name, tensor.detach().to(_wanted_dtype(name, dtype), copy=True).contiguous()
+            on_bytes(tensor.nbytes)
+
+
+def _wanted_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.endswith(_KEPT_IN_FP32) else dtype
 
 
 def _set_head(model: MambaForCausalLM, head: Tensor | None) -> None:
