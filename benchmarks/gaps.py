@@ -29,6 +29,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.spans: list[tuple[DeviceMark, DeviceMark]] = []
+        self._steps: Any = GraphSteps
         self._replay = GraphSteps.replay
 
     def __enter__(self) -> Recorder:
@@ -39,11 +40,11 @@ class Recorder:
             replay(steps, graph)
             recorder.spans.append((before, DeviceMark()))
 
-        GraphSteps.replay = marked  # type: ignore[assignment, method-assign]
+        self._steps.replay = marked
         return self
 
     def __exit__(self, *_: object) -> None:
-        GraphSteps.replay = self._replay  # type: ignore[assignment, method-assign]
+        self._steps.replay = self._replay
 
     def seconds(self) -> tuple[list[float], list[float]]:
         """Of the steps, and of the gaps between them."""
@@ -58,6 +59,7 @@ class HostClock:
 
     def __init__(self) -> None:
         self.waited = 0.0
+        self._mark: Any = DeviceMark
         self._wait = DeviceMark.wait
 
     def __enter__(self) -> HostClock:
@@ -68,11 +70,11 @@ class HostClock:
             wait(mark)
             clock.waited += time.perf_counter() - start
 
-        DeviceMark.wait = timed  # type: ignore[assignment, method-assign]
+        self._mark.wait = timed
         return self
 
     def __exit__(self, *_: object) -> None:
-        DeviceMark.wait = self._wait  # type: ignore[assignment, method-assign]
+        self._mark.wait = self._wait
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

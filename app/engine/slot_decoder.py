@@ -86,6 +86,7 @@ class SlotDecoder:
         self._last_token = torch.zeros(cache.num_slots, dtype=torch.int64, device=cache.device)
         self._slots = torch.zeros(cache.num_slots - 1, dtype=torch.int64, device=cache.device)
         self._rows: tuple[Sequence, ...] | None = None
+        self._special: set[Sequence] = set()
         self._redraw: _Redraw | None = None
         self._logprobs: LogprobRows | None = None
         self._steps = make_steps(self._step, self._slots)
@@ -108,6 +109,7 @@ class SlotDecoder:
     def forget(self) -> None:
         self._rows = None
         self._seats.clear()
+        self._special.clear()
         self._adjuster.forget()
 
     def prepare_more(self) -> bool:
@@ -143,8 +145,10 @@ class SlotDecoder:
             new_slots, tokens = packed[len(self._slots) :].chunk(2)
             self._last_token.index_copy_(0, new_slots, tokens)
             self._write_tables(new)
-        self._redraw = self._find_adjusted(rows)
-        self._logprobs = logprob_rows(rows, self._device)
+        # all rows are looked at only while there is one that asks for more than a token
+        self._special = {s for s in self._special if not s.is_finished} | {s for s in new if _is_special(s)}
+        self._redraw = self._find_adjusted(rows) if self._special else None
+        self._logprobs = logprob_rows(rows, self._device) if self._special else None
         self._rows = rows
 
     def _write_tables(self, new: list[Sequence]) -> None:
@@ -161,6 +165,11 @@ class SlotDecoder:
         index = to_device(array("q", (*chosen, *(rows[row].slot for row in chosen))), torch.int64, self._device)
         chosen_rows, slots = index.chunk(2)
         return _Redraw(chosen_rows, slots, adjusted)
+
+
+def _is_special(sequence: Sequence) -> bool:
+    params = sequence.request.sampling
+    return params.logprobs is not None or is_adjusted(params)
 
 
 def cuda_decoder(model: Model, cache: MambaCache, vocab_size: int, *, cuda_graphs: bool) -> SlotDecoder:

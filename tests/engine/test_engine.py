@@ -371,3 +371,74 @@ def test_ten_thousand_aborts_leak_nothing(make_engine: EngineMaker) -> None:
     run(engine)
     assert (engine.stats.num_slots_used, engine.stats.num_waiting) == (0, 0)
     assert run(engine, make_request("last", PROMPT)).tokens["last", 0] == greedy(PROMPT, 4)
+
+
+def random_requests(source: random.Random, count: int) -> list[GenerationRequest]:
+    """Prompts, samples, limits, stop tokens and ways of drawing of all kinds."""
+    return [
+        make_request(
+            f"r{i}",
+            [source.randrange(VOCAB_SIZE) for _ in range(source.randint(1, 20))],
+            source.choice([0, 1, 2, 3, 8, 15]),
+            n=source.choice([1, 1, 1, 2, 4]),
+            stop=source.sample(range(VOCAB_SIZE), source.choice([0, 3, 10])),
+            temperature=source.choice([0.0, 1.0]),
+            seed=i,
+            presence_penalty=source.choice([0.0, 0.0, 0.7]),
+            logit_bias=source.choice([(), (), ((5, 2.0),)]),
+            logprobs=source.choice([None, None, 1]),
+            prompt_logprobs=source.choice([None, None, 1]),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_interleaving_of_arrivals_ends_and_faults_gives_the_tokens_of_each_alone(
+    make_engine: EngineMaker, seed: int
+) -> None:
+    source = random.Random(seed)
+    requests = random_requests(source, 40)
+    alone = Transcript()
+    for request in requests:
+        one = run(fakes.make_engine(), request)
+        alone.tokens |= one.tokens
+        alone.ends |= one.ends
+
+    def before_step(plan: StepPlan, cache: MambaCache) -> None:
+        slots = [sequence.slot for sequence in plan.rows]
+        assert len(set(slots)) == len(slots)
+        assert 0 not in slots
+        if not plan.is_solo and source.random() < 0.03:
+            cache.ssm[:] = 1234.0
+            raise Fault
+
+    engine = make_engine(before_step=before_step, prefill_budget=source.choice([3, 8, 40]))
+    transcript, waiting = Transcript(), list(requests)
+    while waiting or engine.has_work:
+        for request in waiting[: source.choice([0, 0, 1, 3])]:
+            engine.submit(request)
+            waiting.remove(request)
+        if source.random() < 0.1:
+            engine.abort(f"r{source.randrange(40)}", source.choice([None, 0, 1]))
+        transcript.add(engine.step())
+        engine.check_integrity()
+    assert transcript.ends.keys() == alone.ends.keys()
+    for key, end in transcript.ends.items():
+        tokens, expected = transcript.tokens.get(key, []), alone.tokens.get(key, [])
+        if end.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+            assert tokens == expected[: len(tokens)]
+        else:
+            assert (tokens, end.finish_reason) == (expected, alone.ends[key].finish_reason)
+    assert engine.stats.num_slots_used == 0
+
+
+def test_a_step_that_is_launched_is_read_before_the_engine_has_no_work(make_engine: EngineMaker) -> None:
+    engine = make_engine()
+    engine.submit(make_request("a", PROMPT[:3], 50))
+    for _ in range(4):
+        engine.step()
+    engine.abort("a")
+    while engine.has_work:
+        engine.step()
+    assert engine._in_flight is None

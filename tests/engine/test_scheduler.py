@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from app.engine.request import Event, FinishReason, GenerationRequest, SamplingParams, TokenEvent, TokenLogprobs
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import StepPlan, StepResult
+from app.engine.share import FIRST_SHARE, LEAST_SHARE, PrefillShare
 
 STOP = 9
 
@@ -210,9 +213,157 @@ def test_after_recovery_every_sequence_is_computed_again_alone() -> None:
     assert [plan.is_solo for plan in plans] == [True, True, True, False]
 
 
+# --- one step ahead
+
+
+def test_a_row_whose_last_token_is_in_flight_is_not_planned_again() -> None:
+    scheduler = Scheduler(2, 8)
+    scheduler.add(request("a", max_tokens=2))
+    scheduler.add(request("b", max_tokens=3))
+    plans = [scheduler.plan()]
+    for _ in range(3):
+        plans.append(scheduler.plan())
+        scheduler.check_integrity()
+        scheduler.commit(plans[-2], carry_out(plans[-2]))
+        scheduler.check_integrity()
+    assert [ids(plan) for plan in plans] == [["a", "b"], ["a", "b"], ["b"], []]
+    assert plans[3].is_empty
+    assert not scheduler.has_work
+
+
+def test_what_is_drawn_after_a_stop_token_is_ignored_and_the_slot_goes_to_the_next_at_once() -> None:
+    scheduler = Scheduler(1, 8)
+    scheduler.add(request("a", max_tokens=9))
+    first = scheduler.plan()
+    second = scheduler.plan()
+    slot = second.rows[0].slot
+    assert second.rows is first.rows
+    assert [event.finish_reason for event in scheduler.commit(first, carry_out(first, STOP))] == [FinishReason.STOP]  # type: ignore[union-attr]
+    scheduler.add(request("b"))
+    third = scheduler.plan()
+    assert third.fresh == (slot,)
+    assert ids(third) == ["b"]
+    assert scheduler.commit(second, carry_out(second)) == []
+    scheduler.check_integrity()
+    assert len(scheduler.commit(third, carry_out(third))) == 1
+
+
+def test_a_prompt_whose_end_is_in_flight_is_recovered_as_a_prompt() -> None:
+    scheduler = Scheduler(4, 4)
+    scheduler.add(request("a", length=7, n=2, logprobs=0))
+    first = scheduler.plan()
+    second = scheduler.plan()
+    assert [spans(plan) for plan in (first, second)] == [[("a", 0, 4)], [("a", 4, 6)]]
+    scheduler.commit(first, carry_out(first))
+    third = scheduler.plan()
+    assert ids(third) == ["a", "a"]
+    scheduler.abort("a", 0)
+    scheduler.recover()
+    scheduler.check_integrity()
+    plans = [step(scheduler) for _ in range(2)]
+    assert [spans(plan) for plan, _ in plans] == [[("a", 0, 4)], [("a", 4, 6)]]
+    # the log-probabilities of the first four had been delivered
+    assert [[getattr(event, "start", None) for event in events] for _, events in plans] == [[], [5, None]]
+    assert [sequence.sample for sequence in plans[1][0].rows] == [1]
+
+
+def test_ends_leave_nothing_behind_of_rows_that_might_have_gone_on_for_long() -> None:
+    scheduler = Scheduler(2, 8)
+    for index in range(100):
+        scheduler.add(request(f"r{index}", max_tokens=10**6 + index))
+        step(scheduler)
+        scheduler.abort(f"r{index}")
+    assert scheduler._last_plans == {}
+
+
+# --- prompts beside rows
+
+
+def answer(plan: StepPlan, seconds_per_token: float, decode_seconds: float) -> StepResult:
+    """As ``carry_out``, from a device of that speed."""
+    return dataclasses.replace(
+        carry_out(plan), prefill_seconds=seconds_per_token * plan.num_prefill_tokens, decode_seconds=decode_seconds
+    )
+
+
+def start_rows(scheduler: Scheduler, count: int) -> None:
+    for index in range(count):
+        scheduler.add(request(f"row{index}", max_tokens=10**6))
+    while scheduler.num_waiting or not scheduler._running:
+        step(scheduler)
+
+
+def test_beside_many_rows_a_long_prompt_takes_as_long_a_share_of_a_step_as_they_do() -> None:
+    scheduler = Scheduler(64, 8192)
+    start_rows(scheduler, 32)
+    scheduler.add(request("long", length=100_000))
+    sizes = []
+    for _ in range(30):
+        plan = scheduler.plan()
+        sizes.append(plan.num_prefill_tokens)
+        scheduler.commit(plan, answer(plan, 1e-5, 2.5e-3))
+    assert sizes[0] == FIRST_SHARE
+    assert all(240 <= size <= 260 for size in sizes[10:])
+
+
+def test_a_burst_of_prompts_is_taken_at_once_though_rows_run() -> None:
+    scheduler = Scheduler(300, 8192)
+    start_rows(scheduler, 10)
+    for index in range(256):
+        scheduler.add(request(f"burst{index}", length=32))
+    plan, _ = step(scheduler)
+    assert plan.num_prefill_tokens == 256 * 31
+    assert len(plan.rows) == 266
+
+
+def test_prompts_that_wait_for_a_slot_do_not_count_as_starting() -> None:
+    scheduler = Scheduler(33, 8192)
+    start_rows(scheduler, 32)
+    for index in range(100):
+        scheduler.add(request(f"long{index}", length=5000))
+    assert step(scheduler)[0].num_prefill_tokens == FIRST_SHARE
+
+
+def test_alone_a_prompt_gets_the_whole_budget() -> None:
+    scheduler = Scheduler(4, 8192)
+    scheduler.add(request("long", length=20_000))
+    assert step(scheduler)[0].num_prefill_tokens == 8192
+
+
+@pytest.mark.parametrize(("prefill_seconds", "expected"), [(1.0, LEAST_SHARE), (1e-6, 8192)])
+def test_the_share_stays_within_bounds(prefill_seconds: float, expected: int) -> None:
+    share = PrefillShare(8192)
+    for _ in range(40):
+        share.observe(share.num_tokens, prefill_seconds, 2e-3)
+    assert share.num_tokens == expected
+
+
+def test_a_step_that_took_less_than_its_share_does_not_raise_it() -> None:
+    share = PrefillShare(8192)
+    share.observe(10, 1e-6, 2e-3)
+    assert share.num_tokens == FIRST_SHARE
+    share.observe(10, 1.0, 2e-3)
+    assert share.num_tokens < FIRST_SHARE
+
+
+def test_what_was_not_measured_teaches_nothing() -> None:
+    share = PrefillShare(8192)
+    share.observe(512, 0.0, 0.0)
+    assert share.num_tokens == FIRST_SHARE
+
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A step between launch and collection; the answer is fixed when it is launched."""
+
+    plan: StepPlan
+    result: StepResult
+
+
 class Books(RuleBasedStateMachine):
     """Any order of adding, aborting, stepping and failing keeps the books, and every sample ends exactly once."""
 
+    overlaps = False
     names = Bundle("names")
 
     def __init__(self) -> None:
@@ -221,6 +372,7 @@ class Books(RuleBasedStateMachine):
         self.open: set[tuple[str, int]] = set()
         self.num_tokens: dict[tuple[str, int], int] = {}
         self.limits: dict[str, int] = {}
+        self.flights: list[Flight] = []
 
     @rule(
         target=names,
@@ -248,27 +400,44 @@ class Books(RuleBasedStateMachine):
 
     @rule(token=st.sampled_from([1, 1, 1, STOP]))
     def step(self, token: int) -> None:
-        plan = self.scheduler.plan()
-        assert plan.num_prefill_tokens <= 5
-        assert len({sequence.slot for sequence in plan.rows}) == len(plan.rows)
-        self.take(self.scheduler.commit(plan, carry_out(plan, token)))
+        plan = self.plan()
+        self.fly(Flight(plan, carry_out(plan, token)))
 
     @rule(data=st.data())
     def step_with_broken_row(self, data: st.DataObject) -> None:
-        plan = self.scheduler.plan()
+        plan = self.plan()
         good = carry_out(plan)
         broken = frozenset(data.draw(st.lists(st.integers(0, 3), max_size=2))) & set(range(len(plan.rows)))
         slices = dict(good.prompt_logprobs)
         if slices and data.draw(st.booleans()):
             slices[min(slices)] = None
-        self.take(self.scheduler.commit(plan, StepResult(good.tokens, broken, prompt_logprobs=slices)))
+        self.fly(Flight(plan, StepResult(good.tokens, broken, prompt_logprobs=slices)))
 
     @rule(fails=st.booleans())
     def step_raises(self, fails: bool) -> None:
-        plan = self.scheduler.plan()
+        plans = [*(flight.plan for flight in self.flights), self.plan()]
+        self.flights = []
         if fails:
-            self.take(self.scheduler.fail(plan, "planted"))
+            for plan in plans:
+                self.take(self.scheduler.fail(plan, "planted"))
         self.scheduler.recover()
+
+    def plan(self) -> StepPlan:
+        plan = self.scheduler.plan()
+        assert plan.num_prefill_tokens <= 5
+        assert len({sequence.slot for sequence in plan.rows}) == len(plan.rows)
+        in_flight = [sequence for flight in self.flights for sequence in flight.plan.rows]
+        for sequence in plan.rows:
+            assert not sequence.is_finished, "a row that is known to have ended"
+            assert len(sequence.output) + in_flight.count(sequence) < sequence.request.max_tokens, "a wasted row"
+        return plan
+
+    def fly(self, flight: Flight) -> None:
+        """Commit the step before, and this one as well when nothing overlaps it."""
+        flights = [*self.flights, flight]
+        self.flights = [flights.pop()] if self.overlaps and not flight.plan.is_solo else []
+        for landed in flights:
+            self.take(self.scheduler.commit(landed.plan, landed.result))
 
     @invariant()
     def books_balance(self) -> None:
@@ -299,3 +468,13 @@ class Books(RuleBasedStateMachine):
 
 TestBooks = Books.TestCase
 TestBooks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class OverlappedBooks(Books):
+    """The same with one step planned before the last is committed."""
+
+    overlaps = True
+
+
+TestOverlappedBooks = OverlappedBooks.TestCase
+TestOverlappedBooks.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
