@@ -12,6 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.api.corked import CorkedTransport
 from app.api.errors import HttpError, error_bytes
 from app.serving.errors import RequestError, Unavailable
 
@@ -49,7 +50,7 @@ class DirectBody:
     def __init__(self, protocol: HttpProtocol, cycle: RequestResponseCycle) -> None:
         self._protocol = protocol
         self._cycle = cycle
-        self._transport = protocol.transport
+        self._transport = protocol.corked
         self.on_blocked: Callable[[bool], None] | None = None
 
     def open(self, on_blocked: Callable[[bool], None]) -> bool:
@@ -62,7 +63,7 @@ class DirectBody:
         """One chunk. More than the connection takes is buffered, however much it is. ``data`` may not be empty."""
         cycle = self._cycle
         if cycle.chunked_encoding and not cycle.response_complete and not cycle.disconnected:
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self._transport.write_now(b"%x\r\n%b\r\n" % (len(data), data))
 
     def close(self) -> None:
         """Idempotent."""
@@ -83,9 +84,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._head_timer: asyncio.TimerHandle | None = None
         self.open_body: DirectBody | None = None
+        self.corked: CorkedTransport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        self.corked = CorkedTransport(transport, self.loop)
+        super().connection_made(self.corked)  # type: ignore[arg-type]
         if len(self.connections) > self._limits.max_connections:
             self._refuse(Unavailable("the server has too many connections"))
         else:

@@ -54,7 +54,7 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._on_free: Callable[[], None] = self._wake.set
-        # events that the task is to send
+        # events that the task is to send: now, if blocked, and otherwise with the end
         self._held = b""
         self._has_changed = False
         self._changed_at = self._loop.time()
@@ -63,9 +63,13 @@ class EventStream:
         self.is_started = False
         self.is_blocked = False
 
-    def write(self, payloads: list[bytes]) -> None:
-        """Send events, all in one chunk."""
-        self._write(b"data: %b\n\n" % b"\n\ndata: ".join(payloads))
+    def write(self, payloads: list[bytes], *, is_last: bool) -> None:
+        """Send events, all in one chunk; the last ones are left to ``finish``."""
+        events = b"data: %b\n\n" % b"\n\ndata: ".join(payloads)
+        if is_last:
+            self._held = events
+        else:
+            self._write(events)
 
     async def follow(self, run: CompletionRun) -> None:
         """Return once the run is over and all of it has left, or as much as the connection holds. Raises
@@ -75,7 +79,7 @@ class EventStream:
         while not run.done.done() or self.is_blocked:
             await self._wake.wait()
             self._wake.clear()
-            if self._held:
+            if self._held and self.is_blocked:
                 await self._send_held()
         run.check()
 
@@ -135,7 +139,7 @@ class EventStream:
         if self.is_blocked and unchanged >= self._write_timeout:
             self._request.interrupt(ClientStuck())
             return
-        if not self.is_blocked and unchanged >= self._ping_interval:
+        if not self.is_blocked and not self._held and unchanged >= self._ping_interval:
             self._write(PING)
         self._timer = self._loop.call_later(self._period, self._on_timer)
 

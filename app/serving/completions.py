@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 from app import __version__
 from app.engine.interface import EngineClient, EngineError
@@ -80,6 +81,7 @@ class CompletionService:
         return CompletionRun(self._engine, self._tokenizer, self._turns, prepared, outlet, observer)
 
 
+@lru_cache(maxsize=4)
 def _fingerprint(info: ModelInfo) -> str:
     """Changes when the same seed may give other tokens: with the model, its arithmetic or this server."""
     parts = (__version__, info.architecture, info.num_parameters, info.dtype, info.state_dtype, info.device)

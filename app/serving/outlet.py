@@ -12,5 +12,8 @@ class Outlet(Protocol):
     def is_blocked(self) -> bool:
         """More is not to be written now. What comes meanwhile waits as text and leaves together."""
 
-    def write(self, payloads: list[bytes]) -> None:
-        """Send chunks, each a JSON object; called only while not blocked, with at least one. Must not block."""
+    def write(self, payloads: list[bytes], *, is_last: bool) -> None:
+        """Send chunks, each a JSON object; called only while not blocked, with at least one. Must not block.
+
+        After the last ones the run is done, so that they may leave together with what ends the stream.
+        """

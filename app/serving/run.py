@@ -163,7 +163,7 @@ class CompletionRun:
         if self._num_unfinished == 0 and self._prepared.has_usage_chunk:
             payloads.append(self._encoder.usage_chunk(self._usage()))
         if payloads:
-            outlet.write(payloads)
+            outlet.write(payloads, is_last=self.is_over)
 
     def _chunk(self, choice: Choice) -> bytes | None:
         usage = self._usage() if self._prepared.has_continuous_usage else None

@@ -51,11 +51,14 @@ class Writes:
     """An outlet that keeps what was written."""
 
     is_blocked: bool = False
+    is_complete: bool = False
     batches: list[list[dict[str, Any]]] = field(default_factory=list)
 
-    def write(self, payloads: list[bytes]) -> None:
+    def write(self, payloads: list[bytes], *, is_last: bool) -> None:
         assert payloads
         assert not self.is_blocked
+        assert not self.is_complete
+        self.is_complete = is_last
         self.batches.append([json.loads(payload) for payload in payloads])
 
     @property
@@ -72,6 +75,7 @@ async def stream(service: CompletionService, writes: Writes, observer: Any = Non
     with closing(service.stream(prepare(service, stream=True, **fields), writes, observer)) as run:
         await run.done
         run.check()
+        assert writes.is_complete
 
 
 async def chunks(service: CompletionService, **fields: Any) -> list[dict[str, Any]]:

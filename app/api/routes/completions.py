@@ -8,15 +8,16 @@ from fastapi import APIRouter, Request, Response
 
 from app.api.body import read_json_body
 from app.api.completions import CompletionAnswer
-from app.api.dependencies import Context
+from app.api.dependencies import context_of
 from app.api.openapi import ERROR_RESPONSES, request_body
+from app.api.plain_route import PlainRoute
 from app.schemas.completions import Completion, CompletionRequest
 from app.serving.parsing import parse_completion_request
 
 # parsing this many bytes takes about a millisecond, for which no thread is worth its while
 _BYTES_IN_LOOP = 64 * 1024
 
-router = APIRouter(tags=["completions"])
+router = APIRouter(tags=["completions"], route_class=PlainRoute)
 
 
 @router.post(
@@ -26,8 +27,9 @@ router = APIRouter(tags=["completions"])
     responses=ERROR_RESPONSES,
     openapi_extra=request_body(CompletionRequest),
 )
-async def create_completion(request: Request, context: Context) -> Response:
+async def create_completion(request: Request) -> Response:
     """The whole answer as JSON, or with ``stream`` server-sent events that end with ``[DONE]``."""
+    context = context_of(request)
     # refused before a byte of the body is read, and once more when all of it is here
     context.require_service()
     context.check_queue()
