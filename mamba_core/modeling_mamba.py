@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from mamba_core.bases import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    GenerationMixin,
+    GradientCheckpointingLayer,
+    PreTrainedModel,
+)
 from mamba_core.cache import MambaCache
 from mamba_core.configuration_mamba import FalconMambaConfig, MambaConfig
 from mamba_core.loss import IGNORED_LABEL, cross_entropy, cross_entropy_in_pieces, next_tokens

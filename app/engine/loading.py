@@ -15,7 +15,9 @@ from app.engine.request import GenerationRequest, ModelInfo, SamplingParams
 from app.engine.runner import Runner
 from app.engine.slot_decoder import cuda_decoder
 from app.engine.stages import stage
-from mamba_core import MambaCache, MambaForCausalLM, checkpoints
+from mamba_core import checkpoints
+from mamba_core.cache import MambaCache
+from mamba_core.modeling_mamba import MambaForCausalLM
 
 DEFAULT_PREFILL_BUDGET = {"cpu": 512, "cuda": 8192}
 
@@ -59,7 +61,8 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
         with stage("loading the weights"):
             model = checkpoints.load(checkpoint, dtype=placement.dtype, device=placement.device)
         engine, info = build_engine(model, config, placement)
-        return engine, replace(info, model_dir=str(model_dir))
+        eos_token_ids = checkpoints.eos_token_ids(model_dir, checkpoint.config)
+        return engine, replace(info, model_dir=str(model_dir), eos_token_ids=eos_token_ids)
     except (checkpoints.CheckpointError, MemoryTooSmall) as error:
         raise EngineStartError(str(error)) from error
 
@@ -118,8 +121,8 @@ def _describe(model: MambaForCausalLM, placement: Placement, num_slots: int, byt
 
 def _eos_token_ids(model: MambaForCausalLM) -> tuple[int, ...]:
     """Ends of text, which a checkpoint names in its generation config or in its config, as one id or several."""
-    for config in (model.generation_config, model.config):
-        ids = config.eos_token_id
+    for config in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
         if ids is not None:
             return (ids,) if isinstance(ids, int) else tuple(ids)
     return ()

@@ -22,6 +22,7 @@ import msgspec
 import zmq
 
 from app.engine import garbage
+from app.engine.bare_import import import_for_serving
 from app.engine.config import EngineConfig
 from app.engine.interface import EngineStartError
 from app.engine.messages import (
@@ -218,6 +219,7 @@ def _start(
 
 def _default_loader() -> Loader:
     with stage("importing"):
+        import_for_serving()
         from app.engine.loading import load_engine
     return load_engine
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.initialization import no_init_weights
 
+from mamba_core.bases import no_init_weights
 from mamba_core.checkpoints.errors import InvalidConfig, InvalidWeights, UnsupportedModel
 from mamba_core.checkpoints.files import StoredTensor, list_tensors, summary
 from mamba_core.checkpoints.layouts import Layout, eos_token_ids, read_config

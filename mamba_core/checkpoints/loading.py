@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GenerationConfig
 
+from mamba_core.bases import IS_SERVING_ONLY
 from mamba_core.checkpoints.errors import InvalidConfig, InvalidWeights
 from mamba_core.checkpoints.files import read_tensors
 from mamba_core.checkpoints.inspection import HEAD, CheckpointInfo, empty_model, inspect, our_name
@@ -50,7 +51,8 @@ def load(
         _fill(model, info, dtype, torch.device(device), show_progress)
     info.config.dtype = dtype
     info.config.name_or_path = str(info.directory)
-    model.generation_config = _generation_config(info)
+    if not IS_SERVING_ONLY:
+        model.generation_config = _generation_config(info)
     model.eval()
     return model
 
@@ -113,7 +115,9 @@ def _set(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(value))
 
 
-def _generation_config(info: CheckpointInfo) -> GenerationConfig:
+def _generation_config(info: CheckpointInfo) -> Any:
+    from transformers import GenerationConfig
+
     directory, settings = info.directory, {}
     if (directory / GENERATION_CONFIG_FILE).exists():
         settings = read_json(directory, GENERATION_CONFIG_FILE)

@@ -1,0 +1,68 @@
+"""What the model inherits from transformers, or stand-ins for a process that only serves.
+
+transformers' base classes bring most of torch's compiler and distributed packages with them, several seconds of a
+start, for methods that a server never calls: generate(), from_pretrained(), gradient checkpointing. A process that has
+marked the package as one that only serves (``app.engine.bare_import``) gets plain modules in their place.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+IS_SERVING_ONLY: bool = vars(sys.modules["mamba_core"]).get("is_serving_only", False)
+
+if TYPE_CHECKING or not IS_SERVING_ONLY:
+    from transformers import GenerationMixin, PreTrainedModel
+    from transformers.initialization import no_init_weights
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+else:
+    from collections.abc import Iterator
+    from contextlib import ExitStack, contextmanager
+
+    from torch import nn
+
+    @contextmanager
+    def no_init_weights() -> Iterator[None]:
+        """Leave new layers as they are: random numbers on the meta device would load torch's tracing libraries."""
+        with ExitStack() as stack:
+            for kind in (nn.modules.conv._ConvNd, nn.Embedding, nn.Linear):
+                stack.callback(setattr, kind, "reset_parameters", kind.reset_parameters)
+                kind.reset_parameters = lambda _: None
+            yield
+
+    class PreTrainedModel(nn.Module):
+        """A module that knows its configuration."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config = config
+
+        def post_init(self) -> None:
+            """Nothing: weights are loaded, not made."""
+
+    class GenerationMixin:
+        """Nothing."""
+
+    class GradientCheckpointingLayer(nn.Module):
+        """A layer that is never recomputed."""
+
+        gradient_checkpointing = False
+
+    class BaseModelOutputWithPast:
+        """Never made."""
+
+    class CausalLMOutputWithPast:
+        """Never made."""
+
+
+__all__ = [
+    "IS_SERVING_ONLY",
+    "BaseModelOutputWithPast",
+    "CausalLMOutputWithPast",
+    "GenerationMixin",
+    "GradientCheckpointingLayer",
+    "PreTrainedModel",
+    "no_init_weights",
+]
