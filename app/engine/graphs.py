@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from app.engine.capture import Captured, Capturer
 from mamba_core.ops import Packing
-
-logger = logging.getLogger(__name__)
 
 # captured before the first request, with the largest; a step of rows in between takes the next larger one meanwhile
 FIRST_BUCKETS = (1, 8, 64, 256)
@@ -55,31 +52,23 @@ class Steps:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    output: StepOutput
-    # the graph reads it
-    packing: Packing
-
-
 class GraphSteps:
     """A step for any number of rows as a replay of the smallest graph that holds them.
 
     Slots beyond the rows of a step must be 0, the scratch slot. What cannot be captured is run operation by operation.
     """
 
-    def __init__(self, body: StepBody, slots: Tensor) -> None:
+    def __init__(self, body: StepBody, slots: Tensor, capturer: Capturer) -> None:
         self._body = body
         self._slots = slots
+        self._capturer = capturer
         self._eager = Steps(body, slots)
         self._buckets = buckets(slots.shape[0])
         self._smallest_bucket = _smallest_buckets(self._buckets)
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, Captured[StepOutput]] = {}
+        # graphs read them
+        self._packings: dict[int, Packing] = {}
         self._num_misses: dict[int, int] = {}
-        self._can_capture = True
-        self._pool: Any = torch.cuda.graph_pool_handle()
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -107,14 +96,14 @@ class GraphSteps:
     def prepare_more(self) -> bool:
         """Capture one of the graphs that are missing; whether any was."""
         missing = [bucket for bucket in self._buckets if bucket not in self._graphs]
-        if not missing or not self._can_capture:
+        if not missing or not self._capturer.can_capture:
             return False
         self._try_to_capture(missing[0])
         return True
 
-    def _find(self, num_rows: int) -> _Graph | None:
+    def _find(self, num_rows: int) -> Captured[StepOutput] | None:
         bucket = self._smallest_bucket[num_rows]
-        if bucket not in self._graphs and self._can_capture:
+        if bucket not in self._graphs:
             self._num_misses[bucket] = self._num_misses.get(bucket, 0) + 1
             if self._num_misses[bucket] > PATIENCE:
                 self._try_to_capture(bucket)
@@ -124,57 +113,16 @@ class GraphSteps:
         return self._graphs[min(larger)] if larger else None
 
     def _try_to_capture(self, num_rows: int) -> None:
-        if not self._can_capture:
-            return
-        try:
-            self._graphs[num_rows] = self._capture(num_rows)
-        except Exception:
-            # never again: a failed capture may have cost memory, and the next would fail as well
-            self._can_capture = False
-            logger.exception(
-                "a step of %d rows cannot be captured as a CUDA graph; such steps will be slower", num_rows
-            )
+        packing = self._packings[num_rows] = Packing.step(self._slots[:num_rows])
+        scratch = Packing.step(torch.zeros_like(packing.slots))
 
-    def _capture(self, num_rows: int) -> _Graph:
-        current = torch.cuda.current_stream(self._slots.device)
-        self._stream.wait_stream(current)
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            # what is compiled, chosen or kept at the first call must be so before; only the scratch slot is touched
-            self._body(Packing.step(torch.zeros_like(self._slots[:num_rows])))
-            packing = Packing.step(self._slots[:num_rows])
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                output = self._body(packing)
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._stream)
-        return _Graph(graph, StepOutput(borrow(output.logits), output.tokens), packing)
+        def step() -> StepOutput:
+            output = self._body(packing)
+            return StepOutput(self._capturer.borrow(output.logits), output.tokens)
 
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """Device memory as other libraries describe it; see numba's CUDA array interface."""
-
-    __cuda_array_interface__: dict[str, Any]
-
-
-def borrow(tensor: Tensor) -> Tensor:
-    """The same memory, which this tensor does not keep from being used for something else.
-
-    Graphs that share a pool use the same memory, of which each is the user from its replay to the next. A tensor
-    that held on to the logits of one graph would keep them from being shared.
-    """
-    kinds = {torch.float32: "<f4"}
-    interface = {
-        "shape": tuple(tensor.shape),
-        "typestr": kinds[tensor.dtype],
-        "data": (tensor.data_ptr(), False),
-        "strides": None,
-        "version": 3,
-    }
-    assert tensor.is_contiguous(), "the interface above describes contiguous memory"
-    return torch.as_tensor(_Memory(interface), device=tensor.device)
+        captured = self._capturer.capture(f"a step of {num_rows} rows", lambda: self._body(scratch), step)
+        if captured is not None:
+            self._graphs[num_rows] = captured
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:

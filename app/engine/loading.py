@@ -13,7 +13,6 @@ from app.engine.interface import EngineStartError
 from app.engine.memory import MemoryTooSmall, choose_max_num_seqs, keep_freed_memory
 from app.engine.request import GenerationRequest, ModelInfo, SamplingParams
 from app.engine.runner import Runner
-from app.engine.slot_decoder import cuda_decoder
 from app.engine.stages import stage
 from mamba_core import checkpoints
 from mamba_core.cache import MambaCache
@@ -76,11 +75,9 @@ def build_engine(model: MambaForCausalLM, config: EngineConfig, placement: Place
     vocab_size = model.config.vocab_size
     budget = config.prefill_budget or DEFAULT_PREFILL_BUDGET[device.type]
     model.eval()
-    decoder = None
-    if device.type == "cuda":
-        decoder = cuda_decoder(model, cache, vocab_size, cuda_graphs=config.cuda_graphs)
-    runner = Runner(model, cache, vocab_size, decoder)
-    runner.start()
+    runner = _make_runner(model, cache, config)
+    with stage("getting ready for the first steps"):
+        runner.start()
     with stage("warming up"):
         warm_up(Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget), vocab_size)
     engine = Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget)
@@ -97,6 +94,15 @@ def warm_up(engine: Engine, vocab_size: int) -> None:
             for event in engine.step():
                 if getattr(event, "error", None):
                     raise RuntimeError("the model produced no usable token while warming up")
+
+
+def _make_runner(model: MambaForCausalLM, cache: MambaCache, config: EngineConfig) -> Runner:
+    if cache.device.type != "cuda":
+        return Runner(model, cache, model.config.vocab_size)
+    # needs triton, which there may not be elsewhere
+    from app.engine.cuda import cuda_runner
+
+    return cuda_runner(model, cache, model.config.vocab_size, cuda_graphs=config.cuda_graphs)
 
 
 def _describe(model: MambaForCausalLM, placement: Placement, num_slots: int, bytes_per_slot: int) -> ModelInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,14 +48,32 @@ class PendingStep:
     marks: tuple[Mark, ...]
 
 
+class Chunks(Protocol):
+    """A quicker way for some chunks; see ``chunk_graphs.ChunkGraphs``."""
+
+    def run(self, tokens: array[int], slot: int) -> bool:
+        """Take a chunk through the model, continuing ``slot``; False, and nothing done, if it is not one of those."""
+
+    def prepare_more(self) -> bool:
+        """Use an idle moment; whether there was anything to prepare."""
+
+
 class Runner:
     """One model, its state cache and a decoder, by default the one that needs nothing but torch."""
 
-    def __init__(self, model: Model, cache: MambaCache, vocab_size: int, decoder: Decoder | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: MambaCache,
+        vocab_size: int,
+        decoder: Decoder | None = None,
+        quick_chunks: Chunks | None = None,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._device = cache.device
         self._decoder: Decoder = decoder or EagerDecoder(model, cache, vocab_size)
+        self._quick_chunks = quick_chunks
 
     @property
     def cache(self) -> MambaCache:
@@ -106,9 +125,11 @@ class Runner:
     @torch.inference_mode()
     def prepare_more(self) -> bool:
         """Use an idle moment to get ready for steps to come; whether anything was left to do."""
-        return self._decoder.prepare_more()
+        return self._decoder.prepare_more() or (self._quick_chunks is not None and self._quick_chunks.prepare_more())
 
     def _prefill(self, chunks: tuple[Chunk, ...]) -> dict[int, PendingPrompt]:
+        if len(chunks) == 1 and self._prefill_quickly(chunks[0]):
+            return {}
         numbers, lengths = array("q"), [chunk.end - chunk.start for chunk in chunks]
         for chunk in chunks:
             numbers += chunk.prefill.tokens[chunk.start : chunk.end]
@@ -123,6 +144,11 @@ class Runner:
         hidden = self._model.forward_packed(tokens, packing, self._cache)  # [T, H]
         wanted = [index for index, chunk in enumerate(chunks) if chunk.wants_logprobs]
         return {index: self._prompt_logprobs(hidden, chunks[index], offsets[index]) for index in wanted}
+
+    def _prefill_quickly(self, chunk: Chunk) -> bool:
+        if self._quick_chunks is None or chunk.wants_logprobs:
+            return False
+        return self._quick_chunks.run(chunk.prefill.tokens[chunk.start : chunk.end], chunk.prefill.slot)
 
     def _prompt_logprobs(self, hidden: Tensor, chunk: Chunk, offset: int) -> PendingPrompt:
         """Log-probabilities of the tokens that follow those of a chunk, whose hidden states begin at ``offset``."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from app.engine.adjustments import AdjustedRows, Adjuster, is_adjusted
 from app.engine.decoder import BROKEN, Model, PendingRows, Seats
 from app.engine.distribution import stream_key
-from app.engine.graphs import GraphSteps, StepBody, StepOutput, Steps
+from app.engine.graphs import StepBody, StepOutput
 from app.engine.host import to_device, to_host
 from app.engine.logprobs import LogprobRows, logprob_rows, token_logprobs
 from app.engine.request import SamplingParams
@@ -170,11 +170,3 @@ class SlotDecoder:
 def _is_special(sequence: Sequence) -> bool:
     params = sequence.request.sampling
     return params.logprobs is not None or is_adjusted(params)
-
-
-def cuda_decoder(model: Model, cache: MambaCache, vocab_size: int, *, cuda_graphs: bool) -> SlotDecoder:
-    """The decoder of a CUDA device."""
-    from app.engine.fused_sampler import SlotSampling, draw_tokens
-
-    tables = SlotSampling(cache.num_slots, cache.device)
-    return SlotDecoder(model, cache, vocab_size, tables, draw_tokens, GraphSteps if cuda_graphs else Steps)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from app.engine import distribution
+from app.engine.chunk_graphs import ChunkGraphs
 from app.engine.decoder import Model
 from app.engine.engine import Engine
-from app.engine.graphs import StepBody, StepOutput, Steps, buckets
+from app.engine.graphs import GraphSteps
 from app.engine.request import Event, FinishReason, GenerationRequest, PromptLogprobsEvent, SamplingParams, TokenEvent
 from app.engine.runner import Runner
 from app.engine.sampler import GREEDY_TEMPERATURE
@@ -112,32 +115,56 @@ def draw_on_host(logits: Tensor, slots: Tensor, tables: HostTables) -> tuple[Ten
     return torch.where(temperature < GREEDY_TEMPERATURE, logits.argmax(-1), drawn), is_finite
 
 
-class PaddedSteps(Steps):
-    """Runs more rows than it is asked for, as graphs do: those to spare are rows of the scratch slot."""
+class Replay:
+    """Stands for a CUDA graph and for what its function returned: runs the function anew."""
 
-    def __init__(self, body: StepBody, slots: Tensor) -> None:
-        super().__init__(body, slots)
-        self._buckets = buckets(slots.shape[0])
+    def __init__(self, body: Callable[[], Any]) -> None:
+        self._body = body
+        self.output: Any = None
 
-    def run(self, num_rows: int) -> StepOutput:
-        return super().run(min(bucket for bucket in self._buckets if bucket >= num_rows))
+    @property
+    def graph(self) -> Replay:
+        return self
+
+    def replay(self) -> None:
+        self.output = self._body()
 
 
-def slot_decoder(model: Model, cache: MambaCache, vocab_size: int) -> SlotDecoder:
-    """The decoder of a GPU, on a CPU."""
-    return SlotDecoder(model, cache, vocab_size, HostTables(cache.num_slots), draw_on_host, PaddedSteps)
+class HostCapturer:
+    """``capture.Capturer`` for any device."""
+
+    def __init__(self) -> None:
+        self.can_capture = True
+        self.names: list[str] = []
+
+    def capture(self, name: str, warm_up: Callable[[], object], body: Callable[[], Any]) -> Any:
+        self.names.append(name)
+        warm_up()
+        return Replay(body)
+
+    @staticmethod
+    def borrow(tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def graph_runner(model: Model, cache: MambaCache, vocab_size: int, capturer: Any = None) -> Runner:
+    """The runner of a GPU, on a CPU."""
+    capturer = capturer or HostCapturer()
+    make_steps = partial(GraphSteps, capturer=capturer)
+    decoder = SlotDecoder(model, cache, vocab_size, HostTables(cache.num_slots), draw_on_host, make_steps)
+    return OverlappedRunner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, capturer))
 
 
 def make_runner(mode: str, model: Model, cache: MambaCache, vocab_size: int) -> Runner:
-    """A runner that is "synchronous" or "overlapped", or overlapped and addresses everything by slot ("slots")."""
-    if mode == "synchronous":
-        return Runner(model, cache, vocab_size)
-    return OverlappedRunner(
-        model, cache, vocab_size, slot_decoder(model, cache, vocab_size) if mode == "slots" else None
-    )
+    """A runner that is "synchronous" or "overlapped", or overlapped with everything that a GPU has ("graphs")."""
+    if mode == "graphs":
+        runner = graph_runner(model, cache, vocab_size)
+        runner.start()
+        return runner
+    return (Runner if mode == "synchronous" else OverlappedRunner)(model, cache, vocab_size)
 
 
-MODES = ("synchronous", "overlapped", "slots")
+MODES = ("synchronous", "overlapped", "graphs")
 
 
 def make_engine(

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from array import array
 
 import pytest
 import torch
 
 from app.engine import distribution
+from app.engine.chunk_graphs import ChunkGraphs
+from app.engine.cuda import cuda_runner
 from app.engine.engine import Engine
 from app.engine.memory import choose_max_num_seqs
 from app.engine.request import FinishReason, GenerationRequest
 from app.engine.runner import Runner
 from app.engine.sampler import Sampler
 from app.engine.sequence import Sequence, StepPlan
-from app.engine.slot_decoder import cuda_decoder
 from mamba_core import MambaCache, MambaConfig, MambaForCausalLM
 from tests.engine.fakes import Transcript, make_request, run
 
@@ -72,17 +74,18 @@ def make_runner(model: MambaForCausalLM, num_slots: int, mode: str) -> Runner:
     cache = MambaCache.from_config(model.config, num_slots + 1, dtype=torch.float32, device=device)
     cache.ssm.fill_(torch.nan)
     cache.conv.fill_(torch.nan)
-    decoder = None
+    model = model.to(device)
     if mode in ("fused", "graphs"):
-        decoder = cuda_decoder(model.to(device), cache, VOCAB_SIZE, cuda_graphs=mode == "graphs")
-    runner = Runner(model.to(device), cache, VOCAB_SIZE, decoder)
+        runner = cuda_runner(model, cache, VOCAB_SIZE, cuda_graphs=mode == "graphs")
+    else:
+        runner = Runner(model, cache, VOCAB_SIZE)
     runner.start()
     return runner
 
 
-def make_engine(model: MambaForCausalLM, mode: str = "graphs", num_slots: int = 8) -> Engine:
+def make_engine(model: MambaForCausalLM, mode: str = "graphs", num_slots: int = 8, prefill_budget: int = 50) -> Engine:
     runner = make_runner(model, num_slots, mode)
-    return Engine(runner, num_slots=num_slots, vocab_size=VOCAB_SIZE, prefill_budget=50)
+    return Engine(runner, num_slots=num_slots, vocab_size=VOCAB_SIZE, prefill_budget=prefill_budget)
 
 
 @pytest.fixture
@@ -159,6 +162,27 @@ def test_graphs_captured_later_give_the_same(model: MambaForCausalLM) -> None:
     assert transcript.tokens == expected
     assert captured >= 3
     assert not engine.prepare_more()
+
+
+def test_chunks_that_have_graphs_give_the_same(model: MambaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[(i * i + 3 * j + j * j // 7) % VOCAB_SIZE for j in range(700 + 13 * i)] for i in range(3)]
+    requests = [make_request(f"r{i}", prompt, 8, n=1 + i % 2) for i, prompt in enumerate(prompts)]
+    # most steps take one chunk of 128 tokens, some the rest of one prompt and the beginning of the next
+    expected = run(make_engine(model, "fused", prefill_budget=128), *requests).tokens
+    engine = make_engine(model, prefill_budget=128)
+    while engine.prepare_more():
+        pass
+    replayed: list[int] = []
+    run_chunk = ChunkGraphs.run
+
+    def watched(graphs: ChunkGraphs, tokens: array[int], slot: int) -> bool:
+        found = run_chunk(graphs, tokens, slot)
+        replayed.append(len(tokens) if found else 0)
+        return found
+
+    monkeypatch.setattr(ChunkGraphs, "run", watched)
+    assert run(engine, *requests).tokens == expected
+    assert replayed.count(128) > 8
 
 
 def test_what_cannot_be_captured_runs_without(

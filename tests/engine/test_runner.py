@@ -159,10 +159,11 @@ def test_logits_of_prompt_positions_exist_only_in_slices(
         sizes.append(hidden.shape[0])
         return compute_logits(hidden)
 
+    engine = make_engine(prefill_budget=1024)
     monkeypatch.setattr(model, "compute_logits", watched)
-    run(make_engine(prefill_budget=1024), make_request("quiet", prompt(700), 1))
+    run(engine, make_request("quiet", prompt(700), 1))
     assert sizes == [1]
-    run(make_engine(prefill_budget=1024), make_request("r", prompt(700), 0, prompt_logprobs=0))
+    run(engine, make_request("r", prompt(700), 0, prompt_logprobs=0))
     assert sizes[1:] == [256, 256, 187]
 
 

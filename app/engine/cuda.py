@@ -1,0 +1,25 @@
+"""The runner of a CUDA device: graphs where there can be, and everything addressed by slot."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from app.engine.capture import Capturer
+from app.engine.chunk_graphs import ChunkGraphs
+from app.engine.decoder import Model
+from app.engine.fused_sampler import SlotSampling, draw_tokens
+from app.engine.graphs import GraphSteps, Steps
+from app.engine.runner import Runner
+from app.engine.slot_decoder import SlotDecoder
+from mamba_core.cache import MambaCache
+
+
+def cuda_runner(model: Model, cache: MambaCache, vocab_size: int, *, cuda_graphs: bool = True) -> Runner:
+    """A runner for a cache on a CUDA device. Without graphs, each operation is launched on its own."""
+    tables = SlotSampling(cache.num_slots, cache.device)
+    if not cuda_graphs:
+        return Runner(model, cache, vocab_size, SlotDecoder(model, cache, vocab_size, tables, draw_tokens, Steps))
+    capturer = Capturer(cache.device)
+    make_steps = partial(GraphSteps, capturer=capturer)
+    decoder = SlotDecoder(model, cache, vocab_size, tables, draw_tokens, make_steps)
+    return Runner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, capturer))
