@@ -50,15 +50,18 @@ class Capturer:
     def _capture(self, warm_up: Callable[[], object], body: Callable[[], Output]) -> Captured[Output]:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            warm_up()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                output = body()
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._stream)
+        try:
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                warm_up()
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = body()
+                finally:
+                    graph.capture_end()
+        finally:
+            # a capture may fail while its warm-up is still at work
+            current.wait_stream(self._stream)
         return Captured(graph, output)
 
     @staticmethod

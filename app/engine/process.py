@@ -133,9 +133,11 @@ class Desk:
         events, self._refusals = self._refusals, []
         events = events + self._engine.step()
         report = pack_events(events, self._keys, self._engine.stats)
-        for event in events:
-            if isinstance(event, TokenEvent) and event.finish_reason is not None:
-                self._finish_sample(event.request_id)
+        if report.rich:
+            # ends are among them
+            for event in events:
+                if isinstance(event, TokenEvent) and event.finish_reason is not None:
+                    self._finish_sample(event.request_id)
         return report
 
     def prepare_more(self) -> bool:
