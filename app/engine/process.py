@@ -39,6 +39,7 @@ from app.engine.messages import (
     Submit,
     pack_events,
 )
+from app.engine.readahead import read_ahead
 from app.engine.request import EngineStats, Event, FinishReason, GenerationRequest, ModelInfo, TokenEvent
 from app.engine.stages import stage
 
@@ -171,6 +172,7 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
     _tie_to_parent(arguments.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s", stream=sys.stderr)
     channel = Channel(arguments.endpoint)
+    read_ahead(arguments.config.model)
     try:
         with _beating(channel) as report:
             started = _start(arguments.config, report, load or _default_loader())
