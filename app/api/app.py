@@ -12,6 +12,7 @@ from app.api.errors import HttpError, as_request_error, error_response
 from app.api.middleware import PROBE_PATHS, ApiKeys, LingeringClose, RequestContext, RootPath
 from app.api.openapi import describe_bodies
 from app.api.routes import completions, models, operations
+from app.api.shortcut import ShortcutApp
 from app.serving.errors import RequestError
 
 METRICS_PATH = "/metrics"
@@ -23,7 +24,7 @@ _DESCRIPTION = "Mamba language models behind OpenAI's API. Errors of every route
 
 def create_app(context: ServerContext) -> FastAPI:
     """The application over one server's objects."""
-    app = FastAPI(
+    app = ShortcutApp(
         title="mamba-serve",
         version=__version__,
         description=_DESCRIPTION,
@@ -36,6 +37,8 @@ def create_app(context: ServerContext) -> FastAPI:
     app.state.context = context
     for router in (completions.router, models.router, operations.router):
         app.include_router(router)
+    app.shortcut = completions.route()
+    app.shortcut_paths = frozenset((app.shortcut.path, context.settings.root_path + app.shortcut.path))
     describe_bodies(app)
     return app
 

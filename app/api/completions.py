@@ -10,11 +10,12 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.admission import Ticket
+from app.api.connection import Connection, find_connection
 from app.api.context import ServerContext
 from app.api.errors import as_request_error, error_response
 from app.api.observer import CompletionObserver
 from app.api.open_requests import ClientGone, OpenRequest
-from app.api.streaming import ClientStuck, EventStream, cut_connection
+from app.api.streaming import ClientStuck, EventStream
 from app.logging import current_request_id, note
 from app.schemas.completions import CompletionRequest
 from app.serving.completions import CompletionService
@@ -37,18 +38,20 @@ class CompletionAnswer(Response):
         self._context = context
         self._service = service
         self._body = body
+        self._connection: Connection | None = None
         self._events: EventStream | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         ticket = self._enter()
+        self._connection = find_connection(scope)
         try:
-            async with self._context.open_requests.track(receive) as request:
-                content = await self._generate(ticket, request, scope, send)
+            with self._context.open_requests.track(self._connection, receive) as request:
+                content = await self._generate(ticket, request, send)
         except ClientGone:
             raise
         except ClientStuck:
             note(finish="client stuck")
-            cut_connection(scope)
+            self._cut_connection()
         except Exception as error:
             await self._fail(error, scope, receive, send)
         else:
@@ -62,7 +65,7 @@ class CompletionAnswer(Response):
         num_slots = self._context.engine.info.max_num_seqs
         return self._context.admission.enter(num_slots, num_sequences(self._body), _estimate_tokens(self._body))
 
-    async def _generate(self, ticket: Ticket, request: OpenRequest, scope: Scope, send: Send) -> bytes | None:
+    async def _generate(self, ticket: Ticket, request: OpenRequest, send: Send) -> bytes | None:
         """The whole answer, or None after it was streamed."""
         prepared = await self._prepare()
         ticket.count_tokens(prepared.num_prompt_tokens)
@@ -70,7 +73,7 @@ class CompletionAnswer(Response):
         if not prepared.is_stream:
             return await self._service.complete(prepared, observer)
         settings = self._context.settings
-        self._events = EventStream(scope, send, request, settings.ping_interval, settings.write_timeout)
+        self._events = EventStream(self._connection, send, request, settings.ping_interval, settings.write_timeout)
         with closing(self._service.stream(prepared, self._events, observer)) as run:
             await self._events.follow(run)
         return None
@@ -84,7 +87,7 @@ class CompletionAnswer(Response):
         if content is not None:
             await Response(content, media_type="application/json")(scope, receive, send)
         elif self._events is not None:
-            await self._finish(self._events, None, scope)
+            await self._finish(self._events, None)
 
     async def _fail(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         if not isinstance(error, RequestError):
@@ -92,15 +95,19 @@ class CompletionAnswer(Response):
         told = as_request_error(error)
         if self._events is not None and self._events.is_started:
             note(error=told.code)
-            await self._finish(self._events, told, scope)
+            await self._finish(self._events, told)
         else:
             await error_response(told)(scope, receive, send)
 
-    async def _finish(self, events: EventStream, error: RequestError | None, scope: Scope) -> None:
+    async def _finish(self, events: EventStream, error: RequestError | None) -> None:
         try:
             await events.finish(error)
         except TimeoutError:
-            cut_connection(scope)
+            self._cut_connection()
+
+    def _cut_connection(self) -> None:
+        if self._connection is not None:
+            self._connection.cut()
 
 
 def _estimate_tokens(body: CompletionRequest) -> int:

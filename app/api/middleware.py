@@ -7,8 +7,8 @@ import hashlib
 import hmac
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,7 +46,7 @@ class RequestContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_at = time.perf_counter()
-        request_id = clean_request_id(Headers(scope=scope).get("x-request-id"))
+        request_id = clean_request_id(find_header(scope, b"x-request-id"))
         notes = bind_request(request_id)
         status = STATUS_CLIENT_GONE
         is_started = False
@@ -55,7 +55,7 @@ class RequestContext:
             nonlocal status, is_started
             if message["type"] == "http.response.start":
                 status, is_started = message["status"], True
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode("ascii"))]
             await send(message)
 
         try:
@@ -133,7 +133,7 @@ class LingeringClose:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not _has_large_body(Headers(scope=scope)):
+        if not _has_large_body(scope):
             await self._app(scope, receive, send)
             return
         is_read = False
@@ -161,17 +161,26 @@ class LingeringClose:
 
 def clean_request_id(given: str | None) -> str:
     """The client's id without what does not belong into a header or a log, or a new one."""
-    return _NOT_IN_ID.sub("", given or "")[:_MAX_ID_CHARACTERS] or uuid.uuid4().hex
+    kept = _NOT_IN_ID.sub("", given)[:_MAX_ID_CHARACTERS] if given else ""
+    return kept or secrets.token_hex(16)
+
+
+def find_header(scope: Scope, name: bytes) -> str | None:
+    """The first header of this name, given in lower case. Cheaper than an object that knows them all."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return str(value, "latin-1")
+    return None
 
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _has_large_body(headers: Headers) -> bool:
-    if "transfer-encoding" in headers:
+def _has_large_body(scope: Scope) -> bool:
+    if find_header(scope, b"transfer-encoding") is not None:
         return True
-    length = headers.get("content-length", "0")
+    length = find_header(scope, b"content-length") or "0"
     return not length.isdecimal() or int(length) > _SMALL_BODY
 
 

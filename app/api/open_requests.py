@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 
 from starlette.types import Receive
+
+from app.api.connection import Connection
 
 
 class ClientGone(Exception):
@@ -14,24 +15,54 @@ class ClientGone(Exception):
 
 
 class OpenRequest:
-    """One request, run by the task that made this object."""
+    """One request, run by the task that makes this object, as a block.
 
-    def __init__(self) -> None:
+    The block is left with ClientGone when the client leaves, and with what ``interrupt`` is given.
+    """
+
+    def __init__(self, others: OpenRequests, connection: Connection | None, receive: Receive) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self.reason: Exception | None = None
+        self._others = others
+        self._connection = connection
+        self._receive = receive
+        self._watcher: asyncio.Task[None] | None = None
+        self._reason: Exception | None = None
 
     def interrupt(self, reason: Exception) -> None:
-        """Make the request's block end with ``reason`` at its next await; the first reason stands."""
-        if self.reason is None:
-            self.reason = reason
+        """Make the block end with ``reason`` at its next await; the first reason stands."""
+        if self._reason is None:
+            self._reason = reason
             self._task.cancel()
 
-    def close(self) -> None:
-        """Take back the cancellation that ``interrupt`` asked for."""
-        if self.reason is not None:
+    def __enter__(self) -> OpenRequest:
+        self._others.add(self)
+        if self._connection is not None:
+            self._connection.watch(self._on_lost)
+        else:
+            self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self._others.discard(self)
+        if self._reason is not None:
+            # takes back the cancellation that was asked for
             self._task.uncancel()
+            if isinstance(error, asyncio.CancelledError):
+                raise self._reason from None
+
+    def _on_lost(self) -> None:
+        self.interrupt(ClientGone())
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._on_lost()
 
 
 class OpenRequests:
@@ -45,28 +76,18 @@ class OpenRequests:
     def __len__(self) -> int:
         return len(self._open)
 
-    @asynccontextmanager
-    async def track(self, receive: Receive) -> AsyncIterator[OpenRequest]:
-        """Watch a request whose body has been read.
+    def track(self, connection: Connection | None, receive: Receive) -> OpenRequest:
+        """A block for a request whose body has been read. Without a connection ``receive`` tells that it is lost."""
+        return OpenRequest(self, connection, receive)
 
-        The block is left with ClientGone when the client leaves, and with what ``interrupt_all`` was given.
-        """
-        request = OpenRequest()
+    def add(self, request: OpenRequest) -> None:
         self._open.add(request)
         self._is_idle.clear()
-        watcher = asyncio.create_task(_watch(receive, request))
-        try:
-            yield request
-        except asyncio.CancelledError:
-            if request.reason is None:
-                raise
-            raise request.reason from None
-        finally:
-            watcher.cancel()
-            request.close()
-            self._open.discard(request)
-            if not self._open:
-                self._is_idle.set()
+
+    def discard(self, request: OpenRequest) -> None:
+        self._open.discard(request)
+        if not self._open:
+            self._is_idle.set()
 
     def interrupt_all(self, reason: Exception) -> None:
         """End every open request with ``reason``."""
@@ -76,9 +97,3 @@ class OpenRequests:
     async def wait_idle(self) -> None:
         """Return once no request is open."""
         await self._is_idle.wait()
-
-
-async def _watch(receive: Receive, request: OpenRequest) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    request.interrupt(ClientGone())

@@ -5,21 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.api.connection import Connection, offer_connection
 from app.api.corked import CorkedTransport
 from app.api.errors import HttpError, error_bytes
 from app.serving.errors import RequestError, Unavailable
-
-# the ASGI scope's extension under which a response finds the way to cut its connection
-ABORT_EXTENSION = "mamba.abort"
-# and the one under which it finds the body of its answer, past ASGI's messages
-BODY_EXTENSION = "mamba.body"
 
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
 
@@ -38,41 +34,6 @@ class _Refused(Exception):
     """Stops the parser after a refusal was written."""
 
 
-class DirectBody:
-    """The body of one chunked answer whose head was sent: pieces go to the connection without a task or a message.
-
-    ASGI sends head and end. A write before the head, after the end, to a client that left, or of an answer that has no
-    chunked body (to HEAD) does nothing.
-    """
-
-    __slots__ = ("_cycle", "_protocol", "_transport", "on_blocked")
-
-    def __init__(self, protocol: HttpProtocol, cycle: RequestResponseCycle) -> None:
-        self._protocol = protocol
-        self._cycle = cycle
-        self._transport = protocol.corked
-        self.on_blocked: Callable[[bool], None] | None = None
-
-    def open(self, on_blocked: Callable[[bool], None]) -> bool:
-        """Whether writing is to be put off now; ``on_blocked`` is called whenever that changes, until ``close``."""
-        self.on_blocked = on_blocked
-        self._protocol.open_body = self
-        return bool(self._cycle.flow.write_paused)
-
-    def write(self, data: bytes) -> None:
-        """One chunk. More than the connection takes is buffered, however much it is. ``data`` may not be empty."""
-        cycle = self._cycle
-        if cycle.chunked_encoding and not cycle.response_complete and not cycle.disconnected:
-            self._transport.write_now(b"%x\r\n%b\r\n" % (len(data), data))
-
-    def close(self) -> None:
-        """Idempotent."""
-        # the connection's next answer may have been opened since
-        if self._protocol.open_body is self:
-            self._protocol.open_body = None
-        self.on_blocked = None
-
-
 class HttpProtocol(HttpToolsProtocol):
     """One connection. Refusals below the application carry the same error body as those above."""
 
@@ -83,7 +44,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._is_refused = False
         self._head_timer: asyncio.TimerHandle | None = None
-        self.open_body: DirectBody | None = None
+        self.attended: Connection | None = None
+        self.is_lost = False
         self.corked: CorkedTransport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -97,6 +59,9 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         super().connection_lost(exc)
+        self.is_lost = True
+        if self.attended is not None and self.attended.on_lost is not None:
+            self.attended.on_lost()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -108,7 +73,6 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}
         self._start_head_timer()
 
     def on_headers_complete(self) -> None:
@@ -120,19 +84,19 @@ class HttpProtocol(HttpToolsProtocol):
             raise _Refused
         super().on_headers_complete()
         # the task that answers has not begun yet
-        self.scope["extensions"][BODY_EXTENSION] = {"body": DirectBody(self, self.cycle)}
+        offer_connection(cast(Scope, self.scope), Connection(self, self.cycle))
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._tell_body(True)
+        self._tell_blocked(True)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._tell_body(False)
+        self._tell_blocked(False)
 
-    def _tell_body(self, is_blocked: bool) -> None:
-        if self.open_body is not None and self.open_body.on_blocked is not None:
-            self.open_body.on_blocked(is_blocked)
+    def _tell_blocked(self, is_blocked: bool) -> None:
+        if self.attended is not None and self.attended.on_blocked is not None:
+            self.attended.on_blocked(is_blocked)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

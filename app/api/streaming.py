@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 
-from starlette.types import Scope, Send
+from starlette.types import Send
 
+from app.api.connection import Connection
 from app.api.errors import error_bytes
 from app.api.open_requests import OpenRequest
-from app.api.protocol import ABORT_EXTENSION, BODY_EXTENSION, DirectBody
 from app.serving.errors import RequestError
 from app.serving.run import CompletionRun
 
@@ -37,20 +38,25 @@ class EventStream:
     """The outlet of one streamed completion, used by the task that answers the request.
 
     Head and end are sent as ASGI wants it, by that task. Between them events go past all tasks to the connection,
-    where the server below offers that (``protocol.DirectBody``); elsewhere the task sends them too.
+    where the server below offers that (``connection.Connection``); elsewhere the task sends them too.
 
     Nothing is sent before the first event or ping, so that what fails before still gets a status of its own. A timer
     sends pings, and interrupts the request when the client has read nothing for ``write_timeout`` seconds.
     """
 
     def __init__(
-        self, scope: Scope, send: Send, request: OpenRequest, ping_interval: float, write_timeout: float
+        self,
+        connection: Connection | None,
+        send: Send,
+        request: OpenRequest,
+        ping_interval: float,
+        write_timeout: float,
     ) -> None:
+        self._connection = connection
         self._send = send
         self._request = request
         self._ping_interval = ping_interval
         self._write_timeout = write_timeout
-        self._direct: DirectBody | None = scope.get("extensions", {}).get(BODY_EXTENSION, {}).get("body")
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._on_free: Callable[[], None] = self._wake.set
@@ -85,9 +91,11 @@ class EventStream:
 
     async def finish(self, error: RequestError | None = None) -> None:
         """Send the last events: the error, if there is one, and the mark of the end. Raises TimeoutError."""
+        is_free = not self.is_blocked
         self.close()
         last = DONE if error is None else b"data: " + error_bytes(error) + b"\n\n" + DONE
-        async with asyncio.timeout(_LAST_WORDS_SECONDS):
+        # what is free to be written needs no clock
+        async with nullcontext() if is_free else asyncio.timeout(_LAST_WORDS_SECONDS):
             await self._start()
             await self._send({"type": "http.response.body", "body": self._held + last, "more_body": False})
 
@@ -96,15 +104,13 @@ class EventStream:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._direct is not None:
-            self._direct.close()
         self._on_free = self._wake.set
         self.is_blocked = True
 
     def _write(self, events: bytes) -> None:
         self._has_changed = True
-        if self.is_started and self._direct is not None:
-            self._direct.write(events)
+        if self.is_started and self._connection is not None:
+            self._connection.write(events)
         else:
             self._held = events
             self.is_blocked = True
@@ -114,7 +120,7 @@ class EventStream:
         await self._start()
         held, self._held = self._held, b""
         await self._send({"type": "http.response.body", "body": held, "more_body": True})
-        self._set_blocked(self._direct is not None and self._direct.open(self._set_blocked))
+        self._set_blocked(self._connection is not None and self._connection.open(self._set_blocked))
 
     async def _start(self) -> None:
         if not self.is_started:
@@ -142,10 +148,3 @@ class EventStream:
         if not self.is_blocked and not self._held and unchanged >= self._ping_interval:
             self._write(PING)
         self._timer = self._loop.call_later(self._period, self._on_timer)
-
-
-def cut_connection(scope: Scope) -> None:
-    """Drop the connection with what it still holds to send, where the server below offers that."""
-    extension = scope.get("extensions", {}).get(ABORT_EXTENSION)
-    if extension is not None:
-        extension["abort"]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,7 @@ class Translator:
     def __init__(self, tokenizer: Tokenizer, limits: ServingLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
+        self._numbers = itertools.count()
 
     def translate(
         self, body: CompletionRequest, info: ModelInfo, *, model: str, fingerprint: str, request_id: str
@@ -85,7 +87,7 @@ class Translator:
             self._check_length(len(ids), self._max_tokens(body, len(ids)))
         self._check_prompt_logprobs(body, sum(map(len, all_ids)))
         # two clients may send the same request id; the engine must not take one request for the other
-        unique_id = f"{request_id}-{secrets.token_hex(4)}"
+        unique_id = f"{request_id}-{next(self._numbers)}"
         stop_ids = tuple(dict.fromkeys([*body.stop_token_ids, *(() if body.ignore_eos else info.eos_token_ids)]))
         return tuple(
             self._prompt(body, prompt, self._request(body, f"{unique_id}-{i}", ids, stop_ids, info.vocab_size))
