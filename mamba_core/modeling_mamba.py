@@ -222,6 +222,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
         super().__init__(config)
         self.backbone = MambaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._counters: Tensor | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -232,11 +233,32 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
 
     def forward_packed(self, input_ids: Tensor, packing: Packing, cache: MambaCache | None) -> Tensor:
         """Token ids [T] of packed sequences -> hidden states [T, H]; see ``MambaModel.forward_packed``."""
+        if cache is not None and packing.is_step and input_ids.is_cuda:
+            from mamba_core.fused_step import fused_step, is_applicable
+
+            if is_applicable(self.backbone):
+                return fused_step(self.backbone, input_ids, packing.slots, cache, self._step_counters())
         return self.backbone.forward_packed(self.backbone.embeddings(input_ids), packing, cache)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [*, H] -> logits [*, V] in fp32, the products in the weights' dtype."""
-        return self.lm_head(hidden.to(self.lm_head.weight.dtype)).float()  # type: ignore[no-any-return]
+        weight = self.lm_head.weight
+        hidden = hidden.to(weight.dtype)
+        if hidden.is_cuda and not torch.is_grad_enabled():
+            # what the matrix units have summed in fp32 is not rounded on its way out
+            from mamba_core.ops.triton.step import project_head
+
+            return project_head(hidden.reshape(-1, hidden.shape[-1]), weight).view(*hidden.shape[:-1], -1)
+        return self.lm_head(hidden).float()  # type: ignore[no-any-return]
+
+    def _step_counters(self) -> Tensor:
+        """What the programs of a fused step count themselves with; made once, zero between steps."""
+        from mamba_core.ops.triton.step import MAX_TILES
+
+        device = self.lm_head.weight.device
+        if self._counters is None or self._counters.device != device:
+            self._counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+        return self._counters
 
     def forward(
         self,

@@ -1,0 +1,52 @@
+"""Decode on a GPU: one token per row through all layers in a handful of fused launches per layer."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mamba_core.cache import MambaCache
+from mamba_core.modeling_mamba import MambaBlock, MambaModel
+from mamba_core.ops.triton import step as ops
+
+# the width of the tiles in which the convolution follows its product
+_CHANNEL_MULTIPLE = 64
+
+
+def is_applicable(model: MambaModel) -> bool:
+    """Whether ``fused_step`` computes what the layers of this model do, as its weights are now.
+
+    bfloat16 on a GPU, outside of training; fp16 could not hold the residual times the norm's weight.
+    """
+    weight = model.embeddings.weight
+    return (
+        weight.is_cuda
+        and weight.dtype == torch.bfloat16
+        and not model.training
+        and not torch.is_grad_enabled()
+        and model.config.intermediate_size % _CHANNEL_MULTIPLE == 0
+    )
+
+
+def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:
+    """tokens, slots [B] int64 -> hidden [B, H] after the final norm; the slots of the cache move on by one token.
+
+    counters: [MAX_TILES] int32 zeros, which are zero again afterwards; no two steps may use them at once.
+    """
+    layers = cast(list[MambaBlock], model.layers)
+    step = ops.Step(slots, counters, model.norm_f.eps)
+    residual, gained = ops.embed(step, tokens, model.embeddings.weight, layers[0].norm.weight)
+    for index, layer in enumerate(layers):
+        mixer = layer.mixer
+        conv_state, ssm_state = cache.layer(index)
+        taps = mixer.conv1d.weight.squeeze(1)
+        xz = ops.project_in(step, gained, mixer.in_proj.weight, mixer.in_proj.bias, taps, mixer.conv1d.bias, conv_state)
+        low = ops.project_low(step, xz, mixer.x_proj.weight)
+        y = ops.advance(
+            step, xz, low, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A(), mixer.D, ssm_state, mixer.inner_norm_eps
+        )
+        norm = layers[index + 1].norm if index + 1 < len(layers) else model.norm_f
+        gained = ops.project_out(step, y, mixer.out_proj.weight, mixer.out_proj.bias, norm.weight, residual)
+    return ops.finish(step, gained)

@@ -1,0 +1,414 @@
+"""One token per row through a Mamba layer on the GPU: launches of ``step_kernels``, chosen by the number of rows.
+
+``Step`` is what the launches of one step share. All activations are contiguous; the residual is fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from mamba_core.ops.triton.conv import causal_conv1d_step
+from mamba_core.ops.triton.step_kernels import (
+    advance_kernel,
+    delta_kernel,
+    embed_kernel,
+    finish_kernel,
+    gather_kernel,
+    matvec_in_kernel,
+    matvec_out_kernel,
+    product_in_kernel,
+    product_shared_kernel,
+)
+
+# rows up to which our own products stream the weights faster than the library's do
+_FEW_ROWS = 64
+# the same for the second product of a layer, whose few outputs leave the library's too little to share out
+_NARROW = 1024
+# programs that share out the inputs of a product with few outputs
+_SHARES = 8
+# tiles whose programs count themselves: more than there are in any product
+MAX_TILES = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Gained:
+    """A norm [B, H], or with parts > 0 what it is of one row before its division by the rms, from squares [parts]."""
+
+    values: Tensor
+    squares: Tensor
+    parts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """slots [B] int64; counters [MAX_TILES] int32, zero whenever no step is under way; eps of the norms."""
+
+    slots: Tensor
+    counters: Tensor
+    eps: float
+
+    @property
+    def num_rows(self) -> int:
+        return self.slots.shape[0]
+
+
+@cache
+def _has_pdl(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _launch(device: torch.device) -> dict[str, bool]:
+    pdl = _has_pdl(device)
+    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+def embed(step: Step, tokens: Tensor, table: Tensor, gain: Tensor) -> tuple[Tensor, Gained]:
+    """tokens [B], table [V, H] -> residual [B, H] fp32, and the first norm."""
+    rows, width = step.num_rows, table.shape[1]
+    residual = torch.empty((rows, width), dtype=torch.float32, device=table.device)
+    values = torch.empty((rows, width), dtype=table.dtype, device=table.device)
+    embed_kernel[(rows,)](
+        tokens,
+        table,
+        gain,
+        residual,
+        values,
+        width,
+        step.eps,
+        BLOCK_H=triton.next_power_of_2(width),
+        num_warps=4,
+        **_launch(table.device),
+    )
+    return residual, Gained(values, residual, 0)
+
+
+def project_in(
+    step: Step,
+    x: Gained,
+    weight: Tensor,
+    bias: Tensor | None,
+    taps: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor,
+) -> Tensor:
+    """in_proj of the norm and the convolution of its first half: [B, 2 D]; weight [2 D, H], taps [D, K]."""
+    rows, (width, size) = step.num_rows, (weight.shape[0], weight.shape[1])
+    dim, taps_width = taps.shape
+    y = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
+    if rows > _FEW_ROWS:
+        torch.mm(x.values, weight.T, out=y)
+        if bias is not None:
+            y += bias
+        y[:, :dim] = causal_conv1d_step(y[:, :dim], taps, conv_bias, conv_state, step.slots)
+        return y
+    arguments = (
+        weight,
+        weight if bias is None else bias,
+        taps,
+        taps if conv_bias is None else conv_bias,
+        y,
+        conv_state,
+        step.slots,
+    )
+    options = {
+        "K": taps_width,
+        "HAS_BIAS": bias is not None,
+        "HAS_CONV_BIAS": conv_bias is not None,
+        **_launch(weight.device),
+    }
+    if rows == 1:
+        block = 4 if size >= 2048 else 8
+        matvec_in_kernel[(triton.cdiv(width, block),)](
+            x.values,
+            x.squares,
+            *arguments,
+            size,
+            width,
+            dim,
+            conv_state.stride(0),
+            step.eps,
+            PARTS=x.parts,
+            BLOCK_P=triton.next_power_of_2(max(x.parts, 1)),
+            BLOCK_N=block,
+            BLOCK_K=triton.next_power_of_2(size),
+            num_warps=4,
+            **options,
+        )
+    else:
+        block_b, block_k = _block_rows(rows, width), _block_inputs(size)
+        product_in_kernel[(triton.cdiv(rows, block_b), triton.cdiv(width, 64))](
+            x.values,
+            *arguments,
+            rows,
+            size,
+            width,
+            dim,
+            conv_state.stride(0),
+            BLOCK_B=block_b,
+            BLOCK_N=64,
+            BLOCK_K=block_k,
+            EVEN=size % block_k == 0,
+            num_warps=4,
+            num_stages=6 if block_b * block_k <= 64 * 128 else 4,
+            **options,
+        )
+    return y
+
+
+def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
+    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N] fp32; weight [R + 2 N, D]."""
+    rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
+    y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
+    if rows > 1:
+        block_n = 64 if dim >= 4096 else 16
+        _share_out(step, xz, weight, block_n, 16 if rows <= _FEW_ROWS else 64, y)
+        return y
+    matvec_in_kernel[(width,)](
+        xz,
+        xz,
+        weight,
+        weight,
+        weight,
+        weight,
+        y,
+        xz,
+        step.slots,
+        dim,
+        width,
+        0,
+        0,
+        0.0,
+        K=0,
+        PARTS=0,
+        BLOCK_P=1,
+        HAS_BIAS=False,
+        HAS_CONV_BIAS=False,
+        BLOCK_N=1,
+        BLOCK_K=triton.next_power_of_2(dim),
+        num_warps=8 if dim >= 4096 else 4,
+        **_launch(weight.device),
+    )
+    return y
+
+
+def advance(
+    step: Step,
+    xz: Tensor,
+    low: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    ssm_state: Tensor,
+    inner_eps: float | None,
+) -> Tensor:
+    """dt_proj, the recurrence and the gate: y [B, D] from xz [B, 2 D] and low [B, R + 2 N]."""
+    rows, (dim, rank), states = step.num_rows, (dt_weight.shape[0], dt_weight.shape[1]), A.shape[1]
+    y = torch.empty((rows, dim), dtype=xz.dtype, device=xz.device)
+    shape = {
+        "R": rank,
+        "BLOCK_R": max(16, triton.next_power_of_2(rank)),
+        "NORM": inner_eps is not None,
+        **_launch(xz.device),
+    }
+    eps = inner_eps or 0.0
+    delta = low
+    if rows > 1:
+        delta = torch.empty((rows, dim), dtype=torch.float32, device=xz.device)
+        delta_kernel[(triton.cdiv(dim, 64), triton.cdiv(rows, 16))](
+            low,
+            dt_weight,
+            dt_bias,
+            delta,
+            rows,
+            dim,
+            eps,
+            WIDTH=low.shape[1],
+            BLOCK_B=16,
+            BLOCK_D=64,
+            num_warps=4,
+            **shape,
+        )
+    block = 128 if rows > 1 else 32
+    advance_kernel[(triton.cdiv(dim, block), rows)](
+        xz,
+        low,
+        delta,
+        dt_weight,
+        dt_bias,
+        A,
+        D,
+        y,
+        ssm_state,
+        step.slots,
+        dim,
+        ssm_state.stride(0),
+        eps,
+        N=states,
+        BLOCK_N=triton.next_power_of_2(states),
+        OWN_DELTA=rows == 1,
+        BLOCK_D=block,
+        num_warps=8 if rows == 1 and dim >= 4096 else 4,
+        **shape,
+    )
+    return y
+
+
+def project_out(step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor) -> Gained:
+    """residual [B, H] += out_proj of y [B, D], and its norm with ``gain``; weight [H, D]."""
+    if step.num_rows > 1:
+        return _project_out_rows(step, y, weight, bias, gain, residual)
+    width, dim = weight.shape
+    block = 2 if dim >= 4096 else 4
+    parts = triton.cdiv(width, block)
+    values = torch.empty((1, width), dtype=weight.dtype, device=weight.device)
+    squares = torch.empty(parts, dtype=torch.float32, device=weight.device)
+    matvec_out_kernel[(parts,)](
+        y,
+        weight,
+        weight if bias is None else bias,
+        gain,
+        residual,
+        values,
+        squares,
+        dim,
+        width,
+        HAS_BIAS=bias is not None,
+        BLOCK_N=block,
+        BLOCK_K=triton.next_power_of_2(dim),
+        num_warps=4 if dim >= 4096 else 8,
+        **_launch(weight.device),
+    )
+    return Gained(values, squares, parts)
+
+
+def finish(step: Step, x: Gained) -> Tensor:
+    """The norm itself: [B, H]."""
+    if x.parts == 0:
+        return x.values
+    y = torch.empty_like(x.values)
+    finish_kernel[(1,)](
+        x.values,
+        x.squares,
+        y,
+        y.shape[1],
+        step.eps,
+        PARTS=x.parts,
+        BLOCK_P=triton.next_power_of_2(x.parts),
+        BLOCK_H=triton.next_power_of_2(y.shape[1]),
+        num_warps=4,
+        **_launch(y.device),
+    )
+    return y
+
+
+def project_head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [B, V] fp32 of hidden [B, H]; weight [V, H]."""
+    rows, (width, size) = hidden.shape[0], (weight.shape[0], weight.shape[1])
+    if rows != 1:
+        if weight.dtype == torch.float32:
+            return hidden @ weight.T
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    hidden = hidden.contiguous()
+    y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
+    matvec_in_kernel[(triton.cdiv(width, 4),)](
+        hidden,
+        hidden,
+        weight,
+        weight,
+        weight,
+        weight,
+        y,
+        hidden,
+        hidden,
+        size,
+        width,
+        0,
+        0,
+        0.0,
+        K=0,
+        PARTS=0,
+        BLOCK_P=1,
+        HAS_BIAS=False,
+        HAS_CONV_BIAS=False,
+        BLOCK_N=4,
+        BLOCK_K=triton.next_power_of_2(size),
+        num_warps=4,
+        **_launch(weight.device),
+    )
+    return y
+
+
+def _project_out_rows(
+    step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor
+) -> Gained:
+    rows, width = step.num_rows, weight.shape[0]
+    values = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
+    if rows <= _FEW_ROWS or width <= _NARROW:
+        product = _share_out(step, y, weight, 64, _block_rows(rows, 0), None)
+    else:
+        product = torch.mm(y, weight.T, out=values)[None]
+    gather_kernel[(rows,)](
+        product,
+        gain if bias is None else bias,
+        gain,
+        residual,
+        values,
+        rows,
+        width,
+        step.eps,
+        SHARES=product.shape[0],
+        HAS_BIAS=bias is not None,
+        BLOCK_H=triton.next_power_of_2(width),
+        num_warps=8 if rows <= _FEW_ROWS else 4,
+        **_launch(weight.device),
+    )
+    return Gained(values, residual, 0)
+
+
+def _share_out(step: Step, x: Tensor, weight: Tensor, block_n: int, block_b: int, total: Tensor | None) -> Tensor:
+    """x [B, in] W^T in shares of the inputs, [shares, B, out] fp32, and their sum in ``total`` [B, out] if given."""
+    rows, (width, size) = step.num_rows, (weight.shape[0], weight.shape[1])
+    share = triton.cdiv(triton.cdiv(size, _SHARES), 64) * 64
+    shares = triton.cdiv(size, share)
+    grid = (triton.cdiv(rows, block_b), triton.cdiv(width, block_n), shares)
+    assert grid[0] * grid[1] <= MAX_TILES
+    product = torch.empty((shares, rows, width), dtype=torch.float32, device=weight.device)
+    block_k = 128 if share % 128 == 0 and block_b < 64 else 64
+    product_shared_kernel[grid](
+        x,
+        weight,
+        product if total is None else total,
+        product,
+        step.counters,
+        rows,
+        x.stride(0),
+        size,
+        width,
+        SHARE=share,
+        SHARES=shares,
+        SUM=total is not None,
+        BLOCK_B=block_b,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        EVEN=size % share == 0,
+        num_warps=4,
+        num_stages=4,
+        **_launch(weight.device),
+    )
+    return product
+
+
+def _block_rows(rows: int, width: int) -> int:
+    """Rows of a tile: all of them, unless the outputs make too few tiles to keep the chip busy."""
+    block = min(max(16, triton.next_power_of_2(rows)), 64)
+    return min(block, 32) if 0 < width <= 64 * 132 else block
+
+
+def _block_inputs(size: int) -> int:
+    return 128 if size % 128 == 0 or size > 512 else 64

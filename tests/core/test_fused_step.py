@@ -1,0 +1,117 @@
+"""The fused decode step against the layers one by one: hidden states, states, and what it must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba_core import MambaCache, MambaForCausalLM
+from mamba_core.fused_step import fused_step
+from mamba_core.ops import Packing
+from mamba_core.ops.triton.step import MAX_TILES
+from tests.core.ops_cases import poison_memory
+
+MakeModel = Callable[..., MambaForCausalLM]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter cuts bfloat16 off where a GPU rounds it; the kernels take either
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+
+
+def warm_cache(model: MambaForCausalLM, num_slots: int, dtype: torch.dtype) -> MambaCache:
+    """A cache whose slots look as if sequences had passed through them."""
+    generator = torch.Generator().manual_seed(3)
+    cache = MambaCache.from_config(model.config, num_slots, dtype=dtype, device=DEVICE)
+    for state in (cache.conv, cache.ssm):
+        state.copy_(torch.randn(state.shape, generator=generator))
+    return cache
+
+
+def clone(cache: MambaCache, dtype: torch.dtype) -> MambaCache:
+    return MambaCache(cache.conv.to(dtype, copy=True), cache.ssm.clone())
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def in_float32(model: MambaForCausalLM, make: MakeModel, family: str, **changes: object) -> MambaForCausalLM:
+    reference = make(family, **changes)
+    reference.load_state_dict(model.state_dict())
+    return reference.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mamba", {}),
+        ("mamba", {"use_bias": True, "use_conv_bias": False}),
+        ("mamba", {"hidden_size": 96, "state_size": 5, "time_step_rank": 7, "conv_kernel": 3}),
+        ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}),
+    ],
+)
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 65])
+@torch.inference_mode()
+def test_fused_step_equals_the_layers(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, object], num_rows: int
+) -> None:
+    model = tiny_model(family, **changes).to(DTYPE).to(DEVICE)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("A_log", "mixer.D")):
+            parameter.data = parameter.data.float()
+    reference = in_float32(model, tiny_model, family, **changes)
+    slots = (1 + torch.randperm(num_rows + 3, generator=torch.Generator().manual_seed(1))[:num_rows]).to(DEVICE)
+    tokens = (torch.arange(num_rows, device=DEVICE) * 7) % model.config.vocab_size
+    cache = warm_cache(model, num_rows + 4, DTYPE)
+    before, plain, exact = clone(cache, DTYPE), clone(cache, DTYPE), clone(cache, torch.float32)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
+    packing = Packing.step(slots)
+
+    expected = reference.forward_packed(tokens, packing, exact)
+    one_by_one = model.backbone.forward_packed(model.backbone.embeddings(tokens), packing, plain)
+    poison_memory(monkeypatch)
+    hidden = fused_step(model.backbone, tokens, slots, cache, counters)
+
+    assert hidden.dtype == DTYPE
+    assert error(hidden, expected) < 1.2 * error(one_by_one, expected) + 1e-3
+    assert (
+        error(cache.ssm[:, slots], exact.ssm[:, slots]) < 1.2 * error(plain.ssm[:, slots], exact.ssm[:, slots]) + 1e-3
+    )
+    assert error(cache.conv[:, slots], exact.conv[:, slots]) < 1e-2
+    assert not counters.any()
+    others = torch.ones(num_rows + 4, dtype=torch.bool)
+    others[slots.cpu()] = False
+    assert torch.equal(cache.ssm[:, others], before.ssm[:, others])
+    assert torch.equal(cache.conv[:, others], before.conv[:, others])
+
+
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_its_neighbours(tiny_model: MakeModel) -> None:
+    model = tiny_model().to(DTYPE).to(DEVICE)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
+    cache = warm_cache(model, 8, DTYPE)
+    poisoned = clone(cache, DTYPE)
+    poisoned.ssm[:, 5] = float("nan")
+    poisoned.conv[:, 6] = float("nan")
+    tokens, slots = torch.tensor([3, 1, 4, 1], device=DEVICE), torch.tensor([2, 5, 6, 3], device=DEVICE)
+    hidden = fused_step(model.backbone, tokens, slots, cache, counters)
+    beside = fused_step(model.backbone, tokens, slots, poisoned, counters)
+    assert torch.equal(hidden[[0, 3]], beside[[0, 3]])
+    assert beside[1:3].isnan().all()
+    assert torch.equal(cache.ssm[:, [2, 3]], poisoned.ssm[:, [2, 3]])
+
+
+@torch.inference_mode()
+def test_padding_rows_share_the_scratch_slot(tiny_model: MakeModel) -> None:
+    model = tiny_model().to(DTYPE).to(DEVICE)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
+    cache = warm_cache(model, 8, DTYPE)
+    padded = clone(cache, DTYPE)
+    tokens, slots = torch.tensor([3, 1, 0, 0], device=DEVICE), torch.tensor([2, 5, 0, 0], device=DEVICE)
+    hidden = fused_step(model.backbone, tokens[:2], slots[:2], cache, counters)
+    beside = fused_step(model.backbone, tokens, slots, padded, counters)
+    assert torch.equal(hidden, beside[:2])
+    assert torch.equal(cache.ssm[:, 1:], padded.ssm[:, 1:])
+    assert torch.equal(cache.conv[:, 1:], padded.conv[:, 1:])
