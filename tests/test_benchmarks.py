@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from app.serving.tokenizer import Tokenizer
-from benchmarks import decode, in_process, memory, numerics, prefill, random_checkpoint, start
+from benchmarks import decode, in_process, interference, memory, numerics, prefill, random_checkpoint, start
 from benchmarks.in_process import Subject, random_model
 from benchmarks.machine import Machine, measure_machine
 from benchmarks.plain import PlainMamba, bf16_product
@@ -28,6 +28,18 @@ def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_interference_times_rows_before_and_beside_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--rows", "3", "--prompt", "600", "--tokens", "5"]
+    interference.main(["--random", "tiny", "--device", "cpu", *arguments])
+    case = lines(capsys)[-1]
+    assert (case["rows"], case["prompt"]) == (3, 600)
+    for when in ("undisturbed", "disturbed"):
+        assert 0 < case[when]["median_ms"] <= case[when]["p99_ms"] <= case[when]["worst_ms"]
+    # beside three rows it is not taken at once
+    assert case["prompt_tokens_per_step"] < 600
 
 
 @pytest.mark.usefixtures("known_machine")
