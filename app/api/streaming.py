@@ -44,6 +44,25 @@ class EventStream:
     sends pings, and interrupts the request when the client has read nothing for ``write_timeout`` seconds.
     """
 
+    __slots__ = (
+        "_changed_at",
+        "_connection",
+        "_has_changed",
+        "_held",
+        "_loop",
+        "_on_free",
+        "_period",
+        "_ping_interval",
+        "_request",
+        "_send",
+        "_timer",
+        "_wake",
+        "_write_timeout",
+        "is_blocked",
+        "is_started",
+    )
+    frame = (b"data: ", b"\n\n")
+
     def __init__(
         self,
         connection: Connection | None,
@@ -69,13 +88,12 @@ class EventStream:
         self.is_started = False
         self.is_blocked = False
 
-    def write(self, payloads: list[bytes], *, is_last: bool) -> None:
-        """Send events, all in one chunk; the last ones are left to ``finish``."""
-        events = b"data: %b\n\n" % b"\n\ndata: ".join(payloads)
+    def write(self, chunks: bytes, *, is_last: bool) -> None:
+        """Send events, all in one piece; the last ones are left to ``finish``."""
         if is_last:
-            self._held = events
+            self._held = chunks
         else:
-            self._write(events)
+            self._write(chunks)
 
     async def follow(self, run: CompletionRun) -> None:
         """Return once the run is over and all of it has left, or as much as the connection holds. Raises

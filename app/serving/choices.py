@@ -23,7 +23,7 @@ class Choice:
 
     index: prompt number x n + sample number. num_tokens: generated so far. finish_reason: "stop", "length" or None.
     stop_reason: the stop string or the client's stop token id that ended it. failure: why it has no end.
-    is_cut: a stop string ended it, of which the engine does not know.
+    is_over: nothing that arrives changes it any more. is_cut: a stop string ended it, which the engine has to be told.
     """
 
     __slots__ = (
@@ -37,10 +37,12 @@ class Choice:
         "_prepared",
         "_prompt",
         "_texts",
+        "_push",
         "failure",
         "finish_reason",
         "index",
         "is_cut",
+        "is_over",
         "num_tokens",
         "stop_reason",
     )
@@ -58,6 +60,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.failure: RequestError | None = None
+        self.is_over = False
         self.is_cut = False
         self._on_arrival = on_arrival
         self._arrived: list[int | Event | EngineError] = []
@@ -66,18 +69,16 @@ class Choice:
         self._detokenizer = make_detokenizer(
             tokenizer, prompt.request.prompt_token_ids, skip_special_tokens=prepared.is_special_skipped
         )
-        self._matcher = StopMatcher(prepared.stops, include_in_output=prepared.is_stop_included)
+        self._push = self._detokenizer.push
+        self._matcher = (
+            StopMatcher(prepared.stops, include_in_output=prepared.is_stop_included) if prepared.stops else None
+        )
         self._texts = [prompt.echo_text] if prompt.echo_text else []
         # characters decoded and let out; between the two lies what may become a stop string
         self._decoded = self._given = len(prompt.echo_text)
         self._entries: deque[LogprobEntry] = deque()
         if prompt.echo_offsets:
             self._entries.append(LogprobEntry(prompt.request.prompt_token_ids[0], 0, None))
-
-    @property
-    def is_over(self) -> bool:
-        """Nothing that arrives changes it any more."""
-        return self.finish_reason is not None or self.failure is not None
 
     def on_token(self, token_id: int) -> None:
         arrived = self._arrived
@@ -102,13 +103,14 @@ class Choice:
             if self.is_over:
                 break
             if isinstance(item, int):
-                self._take_token(item)
+                self.num_tokens += 1
+                self._let_out(self._push(item))
             elif isinstance(item, TokenEvent):
                 self._take_event(item)
             elif isinstance(item, PromptLogprobsEvent):
                 self._take_prompt_logprobs(item)
             else:
-                self.failure = request_error(item)
+                self._fail(request_error(item))
         arrived.clear()
 
     def take_text(self) -> str:
@@ -134,23 +136,21 @@ class Choice:
             for position, logprobs in enumerate(event.logprobs, event.start):
                 self._entries.append(LogprobEntry(ids[position], offsets[position], logprobs))
 
-    def _take_token(self, token_id: int) -> None:
-        self.num_tokens += 1
-        self._let_out(self._detokenizer.push(token_id))
-        if self._matcher.matched is not None:
-            self._cut(is_known=False)
-
     def _take_event(self, event: TokenEvent) -> None:
-        self.failure = token_failure(event)
-        if self.failure is not None:
+        failure = token_failure(event)
+        if failure is not None:
+            self._fail(failure)
             return
         if event.token_id is not None:
             self._decode(event, event.token_id)
-        if event.finish_reason is not None and self._matcher.matched is None:
+        if event.finish_reason is None:
+            return
+        if not self.is_over:
             self._let_out(self._detokenizer.flush())
-        if self._matcher.matched is not None:
-            self._cut(is_known=event.finish_reason is not None)
-        elif event.finish_reason is not None:
+        if self.is_over:
+            # a stop string, but the engine has ended the sample already
+            self.is_cut = False
+        else:
             self._finish(event)
 
     def _decode(self, event: TokenEvent, token_id: int) -> None:
@@ -159,29 +159,36 @@ class Choice:
         is_hidden = event.finish_reason is FinishReason.STOP and not self._prepared.is_stop_included
         offset = self._decoded
         if not is_hidden:
-            self._let_out(self._detokenizer.push(token_id))
+            self._let_out(self._push(token_id))
         if self._prepared.logprobs is not None:
             self._entries.append(LogprobEntry(token_id, offset, event.logprobs))
 
     def _let_out(self, piece: str) -> None:
-        if piece:
-            self._decoded += len(piece)
-            self._append(self._matcher.push(piece))
-
-    def _append(self, text: str) -> None:
-        if text:
-            self._given += len(text)
-            self._texts.append(text)
-
-    def _cut(self, *, is_known: bool) -> None:
-        self.finish_reason, self.stop_reason = "stop", self._matcher.matched
-        self.is_cut = not is_known
+        if not piece:
+            return
+        self._decoded += len(piece)
+        matcher = self._matcher
+        if matcher is not None:
+            piece = matcher.push(piece)
+        self._given += len(piece)
+        self._texts.append(piece)
+        if matcher is not None and matcher.matched is not None:
+            self.finish_reason, self.stop_reason = "stop", matcher.matched
+            self.is_over = self.is_cut = True
 
     def _finish(self, event: TokenEvent) -> None:
-        self._append(self._matcher.flush())
+        if self._matcher is not None:
+            held = self._matcher.flush()
+            self._given += len(held)
+            self._texts.append(held)
         if event.finish_reason is FinishReason.STOP:
             self.finish_reason = "stop"
             is_end_of_text = event.stop_reason in self._prepared.end_of_text_ids
             self.stop_reason = None if is_end_of_text else event.stop_reason
         else:
             self.finish_reason = "length"
+        self.is_over = True
+
+    def _fail(self, failure: RequestError) -> None:
+        self.failure = failure
+        self.is_over = True

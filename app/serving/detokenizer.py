@@ -48,7 +48,7 @@ class _ByteDetokenizer:
             self.push(token)
 
     def push(self, token_id: int) -> str:
-        if token_id in self._skipped or token_id >= len(self._token_bytes):
+        if token_id in self._skipped or token_id >= len(self._texts):
             return ""
         if not self._rest:
             text = self._texts[token_id]

@@ -11,7 +11,6 @@ from app.serving.prepared import PreparedCompletion
 OBJECT = "text_completion"
 
 _REST = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
-_REST_AND_END = _REST + b"}"
 
 
 def usage_object(num_prompt_tokens: int, num_generated_tokens: int) -> dict[str, Any]:
@@ -37,26 +36,29 @@ def head_object(prepared: PreparedCompletion) -> dict[str, Any]:
 
 
 class ChunkEncoder:
-    """Writes the chunks of one streamed completion."""
+    """Writes the chunks of one streamed completion, each with what ``frame`` puts before and after it."""
 
-    def __init__(self, prepared: PreparedCompletion) -> None:
+    __slots__ = ("_end", "_frame", "_head", "_starts")
+
+    def __init__(self, prepared: PreparedCompletion, frame: tuple[bytes, bytes]) -> None:
         # without its closing brace
-        self._head = orjson.dumps(head_object(prepared))[:-1]
+        self._head = frame[0] + orjson.dumps(head_object(prepared))[:-1]
         self._starts = [b'%b,"choices":[{"index":%d,"text":' % (self._head, i) for i in range(prepared.num_sequences)]
+        self._frame = frame
+        self._end = _REST + self._tail(None)
 
-    def chunk(self, index: int, text: str, usage: dict[str, Any] | None) -> bytes:
+    def chunk(self, index: int, text: str) -> bytes:
         """A piece of text in the midst of a choice: what nearly every chunk is."""
-        end = _REST_AND_END if usage is None else _REST + _end(usage)
-        return self._starts[index] + orjson.dumps(text) + end
+        return b"%b%b%b" % (self._starts[index], orjson.dumps(text), self._end)
 
     def full_chunk(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> bytes:
         """Any other chunk of a choice."""
-        return b"".join((self._head, b',"choices":[', orjson.dumps(choice), b"]", _end(usage)))
+        return b"".join((self._head, b',"choices":[', orjson.dumps(choice), b"]", self._tail(usage)))
 
     def usage_chunk(self, usage: dict[str, Any]) -> bytes:
         """The last chunk, which has no choice."""
-        return b"".join((self._head, b',"choices":[]', _end(usage)))
+        return b"".join((self._head, b',"choices":[]', self._tail(usage)))
 
-
-def _end(usage: dict[str, Any] | None) -> bytes:
-    return b"}" if usage is None else b',"usage":%b}' % orjson.dumps(usage)
+    def _tail(self, usage: dict[str, Any] | None) -> bytes:
+        told = b"" if usage is None else b',"usage":%b' % orjson.dumps(usage)
+        return b"%b}%b" % (told, self._frame[1])

@@ -33,6 +33,28 @@ class CompletionRun:
     Raises RequestError.
     """
 
+    # hundreds of these are worked on in each step, so that what is read of them has to lie close together
+    __slots__ = (
+        "_changed",
+        "_choices",
+        "_done",
+        "_encoder",
+        "_engine",
+        "_failure",
+        "_is_ended",
+        "_is_plain",
+        "_last_batch_at",
+        "_num_generated",
+        "_num_unfinished",
+        "_observer",
+        "_outlet",
+        "_prepared",
+        "_tokenizer",
+        "_touched",
+        "_turns",
+        "is_over",
+    )
+
     def __init__(
         self,
         engine: EngineClient,
@@ -47,12 +69,15 @@ class CompletionRun:
         self._turns = turns
         self._prepared = prepared
         self._outlet = outlet
-        self._encoder = ChunkEncoder(prepared)
+        self._encoder = ChunkEncoder(prepared, outlet.frame) if outlet is not None else None
+        # a chunk in the midst of a choice holds text alone
+        self._is_plain = prepared.logprobs is None and not prepared.has_continuous_usage
         self._observer = observer
-        self._num_prompt_tokens = prepared.num_prompt_tokens
         self._num_generated = 0
         self._last_batch_at: float | None = None
         self._failure: RequestError | None = None
+        # nothing more is wanted of the engine, but something may still wait for the outlet
+        self.is_over = False
         self._is_ended = False
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # choices with something to take in, and those with something to write
@@ -65,11 +90,6 @@ class CompletionRun:
         ]
         self._num_unfinished = len(self._choices)
         self._submit()
-
-    @property
-    def is_over(self) -> bool:
-        """The engine has nothing more to say; something may still wait for the outlet."""
-        return self._num_unfinished == 0 or self._failure is not None
 
     @property
     def done(self) -> asyncio.Future[None]:
@@ -88,19 +108,26 @@ class CompletionRun:
 
     def flush(self, now: float) -> None:
         """Take in what has arrived and write it, if it can be written."""
-        touched, self._touched = self._touched, []
         num_before = self._num_generated
-        for choice in touched:
-            self._take_in(choice)
+        for choice in self._touched:
+            if not self.is_over and not choice.is_over:
+                self._take_in(choice)
+        self._touched.clear()
         num_tokens = self._num_generated - num_before
-        if num_tokens:
-            self._observe(num_tokens, now)
+        if num_tokens and self._observer is not None:
+            self._observe(self._observer, num_tokens, now)
         self.resume()
 
     def resume(self) -> None:
         """Write what waits for the outlet, which is not blocked any more."""
-        if self._changed and self._outlet is not None and not self._outlet.is_blocked:
-            self._write(self._outlet)
+        outlet = self._outlet
+        if outlet is not None and self._changed and not outlet.is_blocked:
+            chunks = b"".join([self._chunk(choice) for choice in self._changed])
+            self._changed.clear()
+            if self._num_unfinished == 0:
+                chunks += self._usage_chunk()
+            if chunks:
+                outlet.write(chunks, is_last=self.is_over)
         if self.is_over:
             self._settle()
 
@@ -108,15 +135,17 @@ class CompletionRun:
         """Something that must not happen did."""
         logger.error("completion failed", exc_info=error)
         self._failure = ServerFailure("the server failed on this request")
+        self.is_over = True
+        self._touched.clear()
         self._changed.clear()
         self._settle()
 
     def close(self) -> None:
         """Free the rows that are not free yet. Idempotent."""
         self._end("abort")
-        self._num_unfinished = 0
+        self.is_over = True
         # each choice knows this run, and such rings stay in memory for long
-        for choices in (self._choices, self._touched, self._changed):
+        for choices in (self._choices, self._changed):
             choices.clear()
         for prompt in self._prepared.prompts:
             self._engine.abandon(prompt.request.request_id)
@@ -137,18 +166,14 @@ class CompletionRun:
         self._touched.append(choice)
 
     def _take_in(self, choice: Choice) -> None:
-        if self.is_over:
-            return
-        was_over = choice.is_over
         num_before = choice.num_tokens
         choice.take_in()
-        if was_over:
-            return
         self._num_generated += choice.num_tokens - num_before
         self._changed[choice] = None
-        self._failure = choice.failure
-        if choice.finish_reason is not None:
+        if choice.is_over:
             self._num_unfinished -= 1
+            self._failure = choice.failure
+            self.is_over = self._num_unfinished == 0 or self._failure is not None
             if choice.is_cut:
                 self._abort(choice)
 
@@ -157,22 +182,22 @@ class CompletionRun:
         with suppress(EngineError):
             self._engine.abort_sample(self._prepared.prompts[number].request.request_id, sample)
 
-    def _write(self, outlet: Outlet) -> None:
-        payloads = [payload for choice in self._changed if (payload := self._chunk(choice))]
-        self._changed.clear()
-        if self._num_unfinished == 0 and self._prepared.has_usage_chunk:
-            payloads.append(self._encoder.usage_chunk(self._usage()))
-        if payloads:
-            outlet.write(payloads, is_last=self.is_over)
-
-    def _chunk(self, choice: Choice) -> bytes | None:
-        usage = self._usage() if self._prepared.has_continuous_usage else None
-        if self._prepared.logprobs is None and choice.finish_reason is None:
+    def _chunk(self, choice: Choice) -> bytes:
+        """What came of a choice since its last chunk; empty if that is nothing."""
+        encoder = self._encoder
+        assert encoder is not None
+        if self._is_plain and not choice.is_over:
             text = choice.take_text()
-            return self._encoder.chunk(choice.index, text, usage) if text else None
+            return encoder.chunk(choice.index, text) if text else b""
         content = self._choice_object(choice)
-        is_empty = not content["text"] and not content["logprobs"] and choice.finish_reason is None
-        return None if is_empty else self._encoder.full_chunk(content, usage)
+        if not content["text"] and not content["logprobs"] and choice.finish_reason is None:
+            return b""
+        return encoder.full_chunk(content, self._usage() if self._prepared.has_continuous_usage else None)
+
+    def _usage_chunk(self) -> bytes:
+        if self._encoder is None or not self._prepared.has_usage_chunk:
+            return b""
+        return self._encoder.usage_chunk(self._usage())
 
     def _choice_object(self, choice: Choice) -> dict[str, Any]:
         """What came of a choice since it was asked for last."""
@@ -187,15 +212,13 @@ class CompletionRun:
         }
 
     def _usage(self) -> dict[str, Any]:
-        return usage_object(self._num_prompt_tokens, self._num_generated)
+        return usage_object(self._prepared.num_prompt_tokens, self._num_generated)
 
-    def _observe(self, num_tokens: int, now: float) -> None:
-        if self._observer is None:
-            return
+    def _observe(self, observer: CompletionObserver, num_tokens: int, now: float) -> None:
         if self._last_batch_at is None:
-            self._observer.on_first_token(now - self._prepared.started)
+            observer.on_first_token(now - self._prepared.started)
         else:
-            self._observer.on_tokens(num_tokens, now - self._last_batch_at)
+            observer.on_tokens(num_tokens, now - self._last_batch_at)
         self._last_batch_at = now
 
     def _settle(self) -> None:
@@ -212,4 +235,4 @@ class CompletionRun:
         self._is_ended = True
         if self._observer is not None:
             seconds = time.monotonic() - self._prepared.started
-            self._observer.on_finish(reason, self._num_prompt_tokens, self._num_generated, seconds)
+            self._observer.on_finish(reason, self._prepared.num_prompt_tokens, self._num_generated, seconds)

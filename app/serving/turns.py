@@ -23,6 +23,8 @@ class Turns:
     One callback for all of a step's streams: no task of theirs has to wake up.
     """
 
+    __slots__ = ("_added",)
+
     def __init__(self) -> None:
         self._added: list[Flushable] = []
 

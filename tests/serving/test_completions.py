@@ -50,16 +50,21 @@ def check_shape(answer: dict[str, Any]) -> None:
 class Writes:
     """An outlet that keeps what was written."""
 
+    frame: tuple[bytes, bytes] = (b"chunk ", b"\n")
     is_blocked: bool = False
     is_complete: bool = False
     batches: list[list[dict[str, Any]]] = field(default_factory=list)
 
-    def write(self, payloads: list[bytes], *, is_last: bool) -> None:
-        assert payloads
+    def write(self, chunks: bytes, *, is_last: bool) -> None:
         assert not self.is_blocked
         assert not self.is_complete
         self.is_complete = is_last
-        self.batches.append([json.loads(payload) for payload in payloads])
+        # JSON escapes line breaks
+        *lines, rest = chunks.split(b"\n")
+        assert lines
+        assert rest == b""
+        assert all(line.startswith(b"chunk {") for line in lines)
+        self.batches.append([json.loads(line.removeprefix(b"chunk ")) for line in lines])
 
     @property
     def chunks(self) -> list[dict[str, Any]]:
