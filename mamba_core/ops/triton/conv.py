@@ -15,9 +15,13 @@ from mamba_core.ops.triton.conv_backward_kernels import (
     conv_backward_input_kernel,
     conv_backward_weight_kernel,
 )
-from mamba_core.ops.triton.conv_kernels import conv_head_kernel, conv_kernel, conv_step_kernel
+from mamba_core.ops.triton.conv_kernels import conv_kernel, conv_step_kernel
 from mamba_core.ops.triton.layout import as_rows, check_state
 
+# a warp walks down a strip of tokens, eight channels a lane: wide loads, and each input is read once
+_STRIPS = 4
+_STRIP = 8
+_STRIP_BLOCK_D = 256
 _BLOCK_T = 16
 _BLOCK_D = 128
 _WARPS = 4
@@ -40,39 +44,28 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
     dim, width = weight.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    conv_kernel[(triton.cdiv(packing.num_tokens, _BLOCK_T), triton.cdiv(dim, _BLOCK_D))](
-        x,
-        weight,
-        weight if bias is None else bias,
-        y,
-        packing.seq_idx,
-        packing.cu_seqlens,
-        packing.num_tokens,
-        dim,
-        x.stride(0),
-        y.stride(0),
-        K=width,
-        HAS_BIAS=bias is not None,
-        BLOCK_T=_BLOCK_T,
-        BLOCK_D=_BLOCK_D,
-        num_warps=_WARPS,
-    )
-    conv_head_kernel[(packing.num_rows, triton.cdiv(dim, _BLOCK_D))](
+    strips = triton.cdiv(packing.num_tokens, _STRIPS * _STRIP)
+    conv_kernel[(packing.num_rows + strips, triton.cdiv(dim, _STRIP_BLOCK_D))](
         x,
         weight,
         weight if bias is None else bias,
         y,
         state,
         packing.slots,
+        packing.seq_idx,
         packing.cu_seqlens,
+        packing.num_tokens,
+        packing.num_rows,
         dim,
         x.stride(0),
         y.stride(0),
         state.stride(0),
         K=width,
         HAS_BIAS=bias is not None,
-        BLOCK_D=_BLOCK_D,
-        num_warps=_BLOCK_D // 32,
+        STRIPS=_STRIPS,
+        STRIP=_STRIP,
+        BLOCK_D=_STRIP_BLOCK_D,
+        num_warps=_WARPS,
     )
     return y
 
