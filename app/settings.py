@@ -109,7 +109,7 @@ class Settings(BaseSettings):
         "float32", "Engine", "type of the recurrent state; lower ones halve the memory per sequence"
     )
     max_num_seqs: Count | None = _setting(None, "Engine", "sequences that run at once; from memory when not given")
-    prefill_budget: Count | None = _setting(None, "Engine", "prompt tokens taken into one step")
+    prefill_budget: Count | None = _setting(None, "Engine", "most prompt tokens taken into one step")
     memory_fraction: Annotated[float, BeforeValidator(_not_a_bool)] = _setting(
         0.5, "Engine", "share of the free device memory that states may take", gt=0, le=1, allow_inf_nan=False
     )

@@ -11,8 +11,9 @@ from torch import Tensor
 from app.engine.capture import Captured, Capturer
 from mamba_core.ops import Packing
 
-# captured before the first request, with the largest; a step of rows in between takes the next larger one meanwhile
-FIRST_BUCKETS = (1, 8, 64, 256)
+# captured before the first request, with the largest; a step of rows in between takes the next larger one meanwhile.
+# kernels are chosen by the number of rows, and no other bucket needs one that these do not
+FIRST_BUCKETS = (1, 8, 32, 64, 128, 256)
 
 # steps that a larger graph has to stand in for before the missing one is captured under load, which costs a pause
 PATIENCE = 32
@@ -113,6 +114,8 @@ class GraphSteps:
         return self._graphs[min(larger)] if larger else None
 
     def _try_to_capture(self, num_rows: int) -> None:
+        if not self._capturer.can_capture:
+            return
         packing = self._packings[num_rows] = Packing.step(self._slots[:num_rows])
         scratch = Packing.step(torch.zeros_like(packing.slots))
 
