@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from app import __version__
+from app.engine.early import EarlyProcess
 from app.settings import ENV_PREFIX, Settings, SettingsError, flag_name, load
 
 EXIT_USAGE = 2
@@ -63,10 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(f"mamba-serve: error: {error}", file=sys.stderr)  # noqa: T201 (the operator's terminal)
         return EXIT_USAGE
-    # imported late: a wrong setting is told before the server's libraries load
-    from app.main import run
+    # the engine's libraries take longest to load, so they begin first
+    early = EarlyProcess()
+    try:
+        # imported late: a wrong setting is told before the server's libraries load
+        from app.main import run
 
-    return run(settings)
+        return run(settings, early=early)
+    finally:
+        early.discard()
 
 
 def _help(field: FieldInfo) -> str:

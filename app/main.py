@@ -21,6 +21,7 @@ from app.api.protocol import ConnectionLimits, HttpProtocol
 from app.banner import ready_text
 from app.engine import garbage
 from app.engine.config import EngineConfig
+from app.engine.early import EarlyProcess
 from app.engine.interface import EngineClient, EngineStartError
 from app.logging import configure
 from app.metrics import ServerMetrics
@@ -61,14 +62,18 @@ class ManagedEngine(EngineClient, Protocol):
     async def stop(self, grace: float) -> None: ...
 
 
-def run(settings: Settings, make_engine: Callable[[EngineConfig], ManagedEngine] | None = None) -> int:
-    """Serve until a signal or a failure; the result is the exit code."""
+def run(
+    settings: Settings,
+    make_engine: Callable[[EngineConfig], ManagedEngine] | None = None,
+    early: EarlyProcess | None = None,
+) -> int:
+    """Serve until a signal or a failure; the result is the exit code. ``early`` becomes the engine's process."""
     configure(settings.log_format, settings.log_level, settings.uvicorn_log_level)
     disable_created_metrics()  # type: ignore[no-untyped-call]
     _allow_open_files(settings.max_connections)
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         try:
-            return runner.run(_serve(settings, make_engine or _process_engine))
+            return runner.run(_serve(settings, make_engine or partial(_process_engine, early=early)))
         except (StartError, EngineStartError, TokenizerError) as error:
             logger.critical("cannot serve: %s", error)
             return EXIT_FAILED
@@ -139,10 +144,10 @@ def _load_tokenizer(name: str) -> Tokenizer:
     return Tokenizer.from_dir(find_tokenizer(name))
 
 
-def _process_engine(config: EngineConfig) -> ManagedEngine:
+def _process_engine(config: EngineConfig, early: EarlyProcess | None) -> ManagedEngine:
     from app.engine.client import ProcessEngineClient
 
-    return ProcessEngineClient(config)
+    return ProcessEngineClient(config, early=early)
 
 
 class Server:

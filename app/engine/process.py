@@ -7,6 +7,7 @@ gone. Importing this loads no torch: the process must be tied to its parent befo
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import os
 import queue
@@ -24,6 +25,7 @@ import zmq
 from app.engine import garbage
 from app.engine.bare_import import import_for_serving
 from app.engine.config import EngineConfig
+from app.engine.early import AWAIT_ARGUMENTS
 from app.engine.interface import EngineStartError
 from app.engine.messages import (
     EXIT_START_FAILED,
@@ -50,6 +52,7 @@ PARENT_CHECK_SECONDS = 0.5
 LINGER_MILLISECONDS = 2000
 
 _PR_SET_PDEATHSIG = 1
+_LOADING = "app.engine.loading"
 
 
 class SteppingEngine(Protocol):
@@ -168,9 +171,10 @@ class Desk:
 
 def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
     """Run the process; returns its exit status. ``load`` replaces the loading of the engine in tests."""
-    arguments = Arguments.from_json((argv or sys.argv[1:])[0])
-    _tie_to_parent(arguments.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine: %(message)s", stream=sys.stderr)
+    arguments = _read_arguments(argv or sys.argv[1:])
+    if arguments is None:
+        return 0
     channel = Channel(arguments.endpoint)
     read_ahead(arguments.config.model)
     try:
@@ -185,6 +189,21 @@ def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:
         return 0
     finally:
         channel.close()
+
+
+def _read_arguments(words: Sequence[str]) -> Arguments | None:
+    """What the command line says, or what comes once the libraries are loaded; None when nobody wants an engine.
+
+    The process is tied to its parent before either.
+    """
+    if words[0] != AWAIT_ARGUMENTS:
+        arguments = Arguments.from_json(words[0])
+        _tie_to_parent(arguments.parent_pid)
+        return arguments
+    _tie_to_parent(int(words[1]))
+    _default_loader()
+    line = sys.stdin.readline()
+    return Arguments.from_json(line) if line else None
 
 
 def _serve(channel: Channel, desk: Desk) -> None:
@@ -222,9 +241,12 @@ def _start(
 
 
 def _default_loader() -> Loader:
-    with stage("importing"):
-        import_for_serving()
-        from app.engine.loading import load_engine
+    if _LOADING not in sys.modules:
+        with stage("importing"):
+            import_for_serving()
+            importlib.import_module(_LOADING)
+    from app.engine.loading import load_engine
+
     return load_engine
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import sys
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from app.engine.client.child import EngineChild
 from app.engine.client.live import LiveRequests
 from app.engine.config import EngineConfig
+from app.engine.early import ENGINE_COMMAND, EarlyProcess
 from app.engine.interface import EngineDied, EngineStartError, EngineStatus, EngineUnavailable, SampleSink
 from app.engine.messages import Abort, Beat, Checked, Ready, Report, StepReport, Stop, Submit
 from app.engine.request import EngineStats, GenerationRequest, ModelInfo
@@ -22,7 +22,6 @@ __all__ = ["ProcessEngineClient"]
 logger = logging.getLogger(__name__)
 
 KILL_SECONDS = 5.0
-ENGINE_COMMAND = (sys.executable, "-m", "app.engine.process")
 
 
 class ProcessEngineClient:
@@ -30,7 +29,7 @@ class ProcessEngineClient:
 
     A process that dies takes its live requests with it and is started again, at most ``max_restarts`` times within
     ``restart_window`` seconds; beyond that, or when it can no longer load, ``fatal`` is done and nothing is tried any
-    more. ``command`` starts the process; tests give one that injects faults.
+    more. ``command`` starts the process; tests give one that injects faults. ``early`` becomes the first process.
     """
 
     def __init__(
@@ -41,9 +40,11 @@ class ProcessEngineClient:
         max_restarts: int = 3,
         restart_window: float = 60.0,
         restart_delay: float = 0.1,
+        early: EarlyProcess | None = None,
     ) -> None:
         self._config = config
         self._command = command
+        self._early = early
         self._max_restarts = max_restarts
         self._restart_window = restart_window
         self._restart_delay = restart_delay
@@ -154,7 +155,7 @@ class ProcessEngineClient:
         self._restart_handle = None
         self._last_beat = asyncio.get_running_loop().time()
         try:
-            self._child = EngineChild(self._command, self._config, self._on_report, self._on_exit)
+            self._child = EngineChild(self._command, self._config, self._on_report, self._on_exit, self._early)
         except OSError as error:
             self._give_up(f"the engine process could not be started: {error}")
 

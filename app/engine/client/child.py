@@ -15,8 +15,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-import app
 from app.engine.config import EngineConfig
+from app.engine.early import EarlyProcess, environment
 from app.engine.messages import EXIT_START_FAILED, Arguments, Command, Report
 
 # messages read before the event loop gets its turn again
@@ -42,6 +42,7 @@ class EngineChild:
         config: EngineConfig,
         on_report: Callable[[Report], None],
         on_exit: Callable[[int], None],
+        early: EarlyProcess | None = None,
     ) -> None:
         self._on_report = on_report
         self._on_exit = on_exit
@@ -63,7 +64,9 @@ class EngineChild:
         self._loop.add_reader(self._fd, self._read)
         arguments = Arguments(endpoint, os.getpid(), config).to_json()
         try:
-            self._process = subprocess.Popen([*command, arguments], stdin=subprocess.DEVNULL, env=_environment())
+            self._process = (early and early.take(arguments)) or subprocess.Popen(
+                [*command, arguments], stdin=subprocess.DEVNULL, env=environment()
+            )
         except OSError:
             self._close()
             raise
@@ -146,10 +149,3 @@ def _private_directory() -> Path:
     """A fresh directory that only this user can enter, with a path short enough for a unix socket."""
     directory = tempfile.gettempdir()
     return Path(tempfile.mkdtemp(prefix="mamba-", dir=directory if len(directory) < _MAX_DIRECTORY_LENGTH else "/tmp"))
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, in which the child finds the same ``app`` wherever it is started from."""
-    root = str(Path(app.__file__).parents[1])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
