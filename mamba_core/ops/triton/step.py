@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_core.ops.triton.conv import causal_conv1d_step
+from mamba_core.ops.triton.conv_kernels import conv_step_kernel
 from mamba_core.ops.triton.step_kernels import (
     advance_kernel,
     delta_kernel,
@@ -25,6 +25,8 @@ from mamba_core.ops.triton.step_kernels import (
     product_shared_kernel,
 )
 
+# rows up to which a product multiplies row by row while its weights stream by: more where the weights are few
+_VERY_FEW_ROWS = {"wide": 2, "narrow": 8}
 # rows up to which our own products stream the weights faster than the library's do
 _FEW_ROWS = 64
 # the same for the second product of a layer, whose few outputs leave the library's too little to share out
@@ -37,7 +39,7 @@ MAX_TILES = 8192
 
 @dataclass(frozen=True, slots=True)
 class Gained:
-    """A norm [B, H], or with parts > 0 what it is of one row before its division by the rms, from squares [parts]."""
+    """A norm [B, H], or with parts > 0 what it is before its division by the rms, from squares [parts, B]."""
 
     values: Tensor
     squares: Tensor
@@ -104,7 +106,7 @@ def project_in(
         torch.mm(x.values, weight.T, out=y)
         if bias is not None:
             y += bias
-        y[:, :dim] = causal_conv1d_step(y[:, :dim], taps, conv_bias, conv_state, step.slots)
+        _convolve(step, y, taps, conv_bias, conv_state)
         return y
     arguments = (
         weight,
@@ -121,7 +123,7 @@ def project_in(
         "HAS_CONV_BIAS": conv_bias is not None,
         **_launch(weight.device),
     }
-    if rows == 1:
+    if _are_very_few(rows, size):
         block = 4 if size >= 2048 else 8
         matvec_in_kernel[(triton.cdiv(width, block),)](
             x.values,
@@ -134,8 +136,11 @@ def project_in(
             step.eps,
             PARTS=x.parts,
             BLOCK_P=triton.next_power_of_2(max(x.parts, 1)),
+            ROWS=rows,
+            BLOCK_R=triton.next_power_of_2(rows),
             BLOCK_N=block,
             BLOCK_K=triton.next_power_of_2(size),
+            X_ROW=1,
             num_warps=4,
             **options,
         )
@@ -160,11 +165,32 @@ def project_in(
     return y
 
 
+def _convolve(step: Step, xz: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor) -> None:
+    """The convolution of the first half of xz [B, 2 D], in place."""
+    dim, width = taps.shape
+    conv_step_kernel[(step.num_rows, triton.cdiv(dim, 128))](
+        xz,
+        taps,
+        taps if bias is None else bias,
+        xz,
+        state,
+        step.slots,
+        dim,
+        xz.stride(0),
+        xz.stride(0),
+        state.stride(0),
+        K=width,
+        HAS_BIAS=bias is not None,
+        BLOCK_D=128,
+        num_warps=4,
+    )
+
+
 def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
     """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N] fp32; weight [R + 2 N, D]."""
     rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
     y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
-    if rows > 1:
+    if not _are_very_few(rows, dim // 2):
         block_n = 64 if dim >= 4096 else 16
         _share_out(step, xz, weight, block_n, 16 if rows <= _FEW_ROWS else 64, y)
         return y
@@ -188,8 +214,11 @@ def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
         BLOCK_P=1,
         HAS_BIAS=False,
         HAS_CONV_BIAS=False,
+        ROWS=rows,
+        BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_N=1,
         BLOCK_K=triton.next_power_of_2(dim),
+        X_ROW=2,
         num_warps=8 if dim >= 4096 else 4,
         **_launch(weight.device),
     )
@@ -217,8 +246,8 @@ def advance(
         **_launch(xz.device),
     }
     eps = inner_eps or 0.0
-    delta = low
-    if rows > 1:
+    delta, is_fused = low, _are_very_few(rows, dim // 2)
+    if not is_fused:
         delta = torch.empty((rows, dim), dtype=torch.float32, device=xz.device)
         delta_kernel[(triton.cdiv(dim, 64), triton.cdiv(rows, 16))](
             low,
@@ -234,7 +263,7 @@ def advance(
             num_warps=4,
             **shape,
         )
-    block = 128 if rows > 1 else 32
+    block = 32 if is_fused else 128
     advance_kernel[(triton.cdiv(dim, block), rows)](
         xz,
         low,
@@ -251,9 +280,9 @@ def advance(
         eps,
         N=states,
         BLOCK_N=triton.next_power_of_2(states),
-        OWN_DELTA=rows == 1,
+        OWN_DELTA=is_fused,
         BLOCK_D=block,
-        num_warps=8 if rows == 1 and dim >= 4096 else 4,
+        num_warps=8 if is_fused and dim >= 4096 else 4,
         **shape,
     )
     return y
@@ -261,13 +290,13 @@ def advance(
 
 def project_out(step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor) -> Gained:
     """residual [B, H] += out_proj of y [B, D], and its norm with ``gain``; weight [H, D]."""
-    if step.num_rows > 1:
+    rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
+    if not _are_very_few(rows, width):
         return _project_out_rows(step, y, weight, bias, gain, residual)
-    width, dim = weight.shape
     block = 2 if dim >= 4096 else 4
     parts = triton.cdiv(width, block)
-    values = torch.empty((1, width), dtype=weight.dtype, device=weight.device)
-    squares = torch.empty(parts, dtype=torch.float32, device=weight.device)
+    values = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
+    squares = torch.empty((parts, rows), dtype=torch.float32, device=weight.device)
     matvec_out_kernel[(parts,)](
         y,
         weight,
@@ -279,6 +308,8 @@ def project_out(step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain
         dim,
         width,
         HAS_BIAS=bias is not None,
+        ROWS=rows,
+        BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_N=block,
         BLOCK_K=triton.next_power_of_2(dim),
         num_warps=4 if dim >= 4096 else 8,
@@ -292,7 +323,7 @@ def finish(step: Step, x: Gained) -> Tensor:
     if x.parts == 0:
         return x.values
     y = torch.empty_like(x.values)
-    finish_kernel[(1,)](
+    finish_kernel[(step.num_rows,)](
         x.values,
         x.squares,
         y,
@@ -300,6 +331,7 @@ def finish(step: Step, x: Gained) -> Tensor:
         step.eps,
         PARTS=x.parts,
         BLOCK_P=triton.next_power_of_2(x.parts),
+        ROWS=step.num_rows,
         BLOCK_H=triton.next_power_of_2(y.shape[1]),
         num_warps=4,
         **_launch(y.device),
@@ -310,7 +342,7 @@ def finish(step: Step, x: Gained) -> Tensor:
 def project_head(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits [B, V] fp32 of hidden [B, H]; weight [V, H]."""
     rows, (width, size) = hidden.shape[0], (weight.shape[0], weight.shape[1])
-    if rows != 1:
+    if rows == 0 or not _are_very_few(rows, size):
         if weight.dtype == torch.float32:
             return hidden @ weight.T
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
@@ -336,8 +368,11 @@ def project_head(hidden: Tensor, weight: Tensor) -> Tensor:
         BLOCK_P=1,
         HAS_BIAS=False,
         HAS_CONV_BIAS=False,
+        ROWS=rows,
+        BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_N=4,
         BLOCK_K=triton.next_power_of_2(size),
+        X_ROW=1,
         num_warps=4,
         **_launch(weight.device),
     )
@@ -402,6 +437,10 @@ def _share_out(step: Step, x: Tensor, weight: Tensor, block_n: int, block_b: int
         **_launch(weight.device),
     )
     return product
+
+
+def _are_very_few(rows: int, hidden_size: int) -> bool:
+    return rows <= _VERY_FEW_ROWS["narrow" if hidden_size <= _NARROW else "wide"]
 
 
 def _block_rows(rows: int, width: int) -> int:

@@ -5,9 +5,9 @@ dependent launch, from compute capability 9.0) a kernel starts while its predece
 ``gdc_wait`` what does not depend on it: weights, and states, which the step before has left long ago. Loads whose
 address must be loaded itself come last, or they would hold back the others.
 
-For a single row the norm before a product is taken apart: whoever writes the residual also writes ``gained``, its
-product with the norm's weight, and the sums of its squares in shares [PARTS]; the product is divided by the rms at its
-end. For more rows the norm is a kernel that also adds up what the programs of the product before it have shared out.
+For very few rows the norm before a product is taken apart: whoever writes the residual also writes ``gained``, its
+product with the norm's weight, and the sums of its squares in shares [PARTS, B]; the product is divided by the rms at
+its end. For more rows the norm is a kernel that also adds up what the programs of the product before have shared out.
 """
 
 from __future__ import annotations
@@ -51,6 +51,18 @@ def embed_kernel(
     tl.store(normed_ptr + row * width + h, (v * scale * gain).to(normed_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def multiply_rows(w, x_ptr, k, mask_k, in_width, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_N, BLOCK_R] of the tile w [BLOCK_N, BLOCK_K] times the first ROWS rows of x [B, in], whole rows each."""
+    r = tl.arange(0, BLOCK_R)
+    y = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+    for row in tl.static_range(ROWS):
+        x = tl.load(x_ptr + row * in_width + k, mask=mask_k, other=0.0).to(tl.float32)
+        product = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+        y = tl.where((r == row)[None, :], product[:, None], y)
+    return y
+
+
 @triton.jit(do_not_specialize=["eps"])
 def matvec_in_kernel(
     x_ptr,
@@ -72,51 +84,60 @@ def matvec_in_kernel(
     BLOCK_P: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CONV_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    X_ROW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """For one row: y [out] = W x over the rms, of which the first ``dim`` outputs pass through the convolution.
+    """For ROWS rows: y [B, out] = x W^T over the rms, of which the first ``dim`` outputs pass through the convolution.
 
-    K = 0 for no convolution; else BLOCK_N divides ``dim``. PARTS = 0 for an x that is taken as it is.
+    K = 0 for no convolution; else BLOCK_N divides ``dim``. PARTS = 0 for an x that is taken as it is. Rows of x are
+    X_ROW times ``in_width`` apart.
     """
     k = tl.arange(0, BLOCK_K)
     mask_k = k < in_width
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
     mask_n = n < out_width
+    mask_r = r < ROWS
+    mask = mask_n[:, None] & mask_r[None, :]
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * in_width + k[None, :]
     w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0, eviction_policy="evict_first")
     is_convolved = tl.program_id(0) * BLOCK_N < dim
-    past = tl.zeros([BLOCK_N], dtype=tl.float32)
+    past = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     newest = tl.zeros([BLOCK_N], dtype=tl.float32)
-    home = state_ptr + n * K
+    home = state_ptr + n[:, None] * K + r[None, :] * 0
     if K > 0:
-        home = state_ptr + tl.load(slots_ptr) * state_stride + n * (K - 1)
+        slots = tl.load(slots_ptr + r, mask=mask_r, other=0)
+        home = state_ptr + slots[None, :] * state_stride + n[:, None] * (K - 1)
         if is_convolved:
             if HAS_CONV_BIAS:
-                past += tl.load(conv_bias_ptr + n).to(tl.float32)
+                past += tl.load(conv_bias_ptr + n).to(tl.float32)[:, None]
             for j in tl.static_range(K - 1):
-                old = tl.load(home + j)
-                past += old.to(tl.float32) * tl.load(taps_ptr + n * K + j).to(tl.float32)
+                old = tl.load(home + j, mask=mask_r[None, :], other=0.0)
+                past += old.to(tl.float32) * tl.load(taps_ptr + n * K + j).to(tl.float32)[:, None]
                 if j > 0:
-                    tl.store(home + j - 1, old)
+                    tl.store(home + j - 1, old, mask=mask_r[None, :])
             newest = tl.load(taps_ptr + n * K + K - 1).to(tl.float32)
     await_inputs(PDL)
-    x = tl.load(x_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
-    y = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+    y = multiply_rows(w, x_ptr, k, mask_k, in_width * X_ROW, ROWS, BLOCK_R, BLOCK_N)
     if PARTS > 0:
         p = tl.arange(0, BLOCK_P)
-        squares = tl.sum(tl.load(squares_ptr + p, mask=p < PARTS, other=0.0), axis=0)
-        y = y / tl.sqrt(squares / in_width + eps)
+        shares = squares_ptr + p[:, None] * ROWS + r[None, :]
+        squares = tl.sum(tl.load(shares, mask=(p < PARTS)[:, None] & mask_r[None, :], other=0.0), axis=0)
+        y = y / tl.sqrt(squares / in_width + eps)[None, :]
     if HAS_BIAS:
-        y += tl.load(w_bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
+        y += tl.load(w_bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if K > 0:  # noqa: SIM102  known to the compiler, the other is not
         if is_convolved:
             kept = y.to(state_ptr.dtype.element_ty)
-            tl.store(home + K - 2, kept)
-            y = past + kept.to(tl.float32) * newest
+            tl.store(home + K - 2, kept, mask=mask_r[None, :])
+            y = past + kept.to(tl.float32) * newest[:, None]
             y = y * sigmoid(y)
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=mask_n)
+    y_ptrs = y_ptr + r.to(tl.int64)[None, :] * out_width + n[:, None]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -131,27 +152,33 @@ def matvec_out_kernel(
     in_width,
     out_width,
     HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """For one row: residual [out] += W x, and what the next norm needs; one share of squares per program."""
+    """For ROWS rows: residual [B, out] += x W^T, and what the next norm needs; a share of squares per program."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    r = tl.arange(0, BLOCK_R)
     mask_n = n < out_width
     mask_k = k < in_width
+    mask_r = r < ROWS
+    mask = mask_n[:, None] & mask_r[None, :]
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * in_width + k[None, :]
     w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0, eviction_policy="evict_first")
     gain = tl.load(gain_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
+    at = r[None, :] * out_width + n[:, None]
     await_inputs(PDL)
-    before = tl.load(residual_ptr + n, mask=mask_n, other=0.0)
-    x = tl.load(x_ptr + k, mask=mask_k, other=0.0).to(tl.float32)
-    y = before + tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+    before = tl.load(residual_ptr + at, mask=mask, other=0.0)
+    y = before + multiply_rows(w, x_ptr, k, mask_k, in_width, ROWS, BLOCK_R, BLOCK_N)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
-    tl.store(residual_ptr + n, y, mask=mask_n)
-    tl.store(gained_ptr + n, (y * gain).to(gained_ptr.dtype.element_ty), mask=mask_n)
-    tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.where(mask_n, y * y, 0.0), axis=0))
+        y += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    tl.store(residual_ptr + at, y, mask=mask)
+    tl.store(gained_ptr + at, (y * gain[:, None]).to(gained_ptr.dtype.element_ty), mask=mask)
+    squares = tl.sum(tl.where(mask, y * y, 0.0), axis=0)
+    tl.store(squares_ptr + tl.program_id(0) * ROWS + r, squares, mask=mask_r)
 
 
 @triton.jit
@@ -301,18 +328,20 @@ def finish_kernel(
     eps,
     PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``gained`` of one row over its rms: y [H]."""
+    """``gained`` of one of ROWS rows over its rms: y [B, H]."""
+    row = tl.program_id(0)
     h = tl.arange(0, BLOCK_H)
     p = tl.arange(0, BLOCK_P)
     mask = h < width
     await_inputs(PDL)
-    squares = tl.sum(tl.load(squares_ptr + p, mask=p < PARTS, other=0.0), axis=0)
-    v = tl.load(values_ptr + h, mask=mask, other=0.0).to(tl.float32)
+    squares = tl.sum(tl.load(squares_ptr + p * ROWS + row, mask=p < PARTS, other=0.0), axis=0)
+    v = tl.load(values_ptr + row * width + h, mask=mask, other=0.0).to(tl.float32)
     y = v / tl.sqrt(squares / width + eps)
-    tl.store(y_ptr + h, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * width + h, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])
