@@ -28,7 +28,7 @@ _GAP_BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0
 
 
 class ServerMetrics:
-    """All metrics of one server. Implements the observer of the serving room; labels never hold input."""
+    """All metrics of one server. Implements the observers of the serving room; labels never hold input."""
 
     def __init__(self, engine: EngineClient, model_name: str, is_ready: Callable[[], bool]) -> None:
         registry = CollectorRegistry()
@@ -53,8 +53,8 @@ class ServerMetrics:
     def on_first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)
 
-    def on_tokens(self, n: int, seconds_since_last: float) -> None:  # noqa: ARG002 (one gap, however many came)
-        self._gap.observe(seconds_since_last)
+    def on_gaps(self, num_gaps: int, seconds: float) -> None:
+        self._gap.observe(seconds, num_gaps)
 
     def on_finish(self, reason: str, prompt_tokens: int, generated_tokens: int, seconds: float) -> None:
         self._finished.labels(reason).inc()
@@ -77,10 +77,10 @@ class CheapHistogram(Collector):
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, times: int = 1) -> None:
         # a value on a bound belongs below it
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += times * value
 
     def describe(self) -> list[Metric]:
         return []

@@ -48,13 +48,14 @@ def test_counts_while_the_model_loads() -> None:
 def test_observations() -> None:
     metrics = ServerMetrics(Source(), "fox", lambda: True)
     metrics.on_first_token(0.3)
-    metrics.on_tokens(2, 0.004)
+    metrics.on_gaps(2, 0.004)
     metrics.on_finish("stop", 5, 3, 1.5)
     metrics.on_answer("/v1/completions", "POST", 200)
     page = values(metrics.render())
     assert page[("mamba_time_to_first_token_seconds_bucket", "0.2")] == 0
     assert page[("mamba_time_to_first_token_seconds_bucket", "0.5")] == 1
-    assert page[("mamba_inter_token_latency_seconds_sum",)] == 0.004
+    assert page[("mamba_inter_token_latency_seconds_sum",)] == 0.008
+    assert page[("mamba_inter_token_latency_seconds_count",)] == 2
     assert page[("mamba_prompt_tokens_total",)] == 5
     assert page[("mamba_generated_tokens_total",)] == 3
     assert page[("mamba_requests_finished_total", "stop")] == 1

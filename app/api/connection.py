@@ -27,14 +27,20 @@ class ConnectionOwner(Protocol):
 class Connection:
     """One request's view of its connection. What it is told ends with ``close``."""
 
-    __slots__ = ("_cycle", "_owner", "_transport", "on_blocked", "on_lost")
+    __slots__ = ("_cycle", "_is_open", "_owner", "_transport", "on_blocked", "on_lost")
 
     def __init__(self, owner: ConnectionOwner, cycle: RequestResponseCycle) -> None:
         self._owner = owner
         self._cycle = cycle
         self._transport = owner.corked
+        self._is_open = False
         self.on_lost: Callable[[], None] | None = None
         self.on_blocked: Callable[[bool], None] | None = None
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether writing is to be put off now."""
+        return bool(self._cycle.flow.write_paused)
 
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Have ``on_lost`` called once the client has gone, at once if it has."""
@@ -44,19 +50,22 @@ class Connection:
             on_lost()
 
     def open(self, on_blocked: Callable[[bool], None]) -> bool:
-        """Whether writing is to be put off now; ``on_blocked`` is called whenever that changes."""
+        """Whether ``write`` will do anything, now that the head was sent: not for HEAD, which has no chunked body.
+
+        ``on_blocked`` is called whenever ``is_blocked`` changes.
+        """
         self._owner.attended = self
         self.on_blocked = on_blocked
-        return bool(self._cycle.flow.write_paused)
+        self._is_open = bool(self._cycle.chunked_encoding)
+        return self._is_open
 
     def write(self, data: bytes) -> None:
         """Send one chunk of an answer whose head and end ASGI sends, without a task and without a message.
 
-        More than the connection takes is buffered, however much it is. Before the head, after the end, after the client
-        has left, and where the answer has no chunked body (to HEAD), this does nothing. ``data`` may not be empty.
+        More than the connection takes is buffered, however much it is. Does nothing before ``open``, after ``close``
+        and after the client has left. ``data`` may not be empty.
         """
-        cycle = self._cycle
-        if cycle.chunked_encoding and not cycle.response_complete and not cycle.disconnected:
+        if self._is_open and not self._owner.is_lost:
             self._transport.write_now(b"%x\r\n%b\r\n" % (len(data), data))
 
     def cut(self) -> None:
@@ -64,9 +73,10 @@ class Connection:
         self._transport.abort()
 
     def close(self) -> None:
-        """Be told nothing any more. Idempotent."""
+        """Write nothing and be told nothing any more; to be called before the end is sent. Idempotent."""
         if self._owner.attended is self:
             self._owner.attended = None
+        self._is_open = False
         self.on_lost = self.on_blocked = None
 
 

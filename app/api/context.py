@@ -69,7 +69,8 @@ class ServerContext:
 
     def open_for_requests(self, tokenizer: Tokenizer) -> None:
         """The model is ready: take requests from now on."""
-        self.service = CompletionService(self.engine, tokenizer, self.settings.model_names, self.limits)
+        names = self.settings.model_names
+        self.service = CompletionService(self.engine, tokenizer, names, self.limits, self.metrics)
         self.phase = Phase.SERVING
 
     def require_service(self) -> CompletionService:

@@ -1,4 +1,4 @@
-"""Hears of the tokens of one completion."""
+"""Hears of one completion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ class CompletionObserver:
         self._metrics = metrics
         self._ticket = ticket
         self._notes = current_notes()
-        self.on_tokens = metrics.on_tokens
 
     def on_first_token(self, seconds: float) -> None:
         self._ticket.count_tokens(0)

@@ -49,6 +49,7 @@ class EventStream:
         "_connection",
         "_has_changed",
         "_held",
+        "_is_direct",
         "_loop",
         "_on_free",
         "_period",
@@ -85,15 +86,21 @@ class EventStream:
         self._changed_at = self._loop.time()
         self._period = min(ping_interval, write_timeout, 4.0) / 4
         self._timer: asyncio.TimerHandle | None = self._loop.call_later(self._period, self._on_timer)
+        self._is_direct = False
         self.is_started = False
         self.is_blocked = False
 
-    def write(self, chunks: bytes, *, is_last: bool) -> None:
+    def write(self, chunks: bytes, *, is_last: bool = False) -> None:
         """Send events, all in one piece; the last ones are left to ``finish``."""
+        self._has_changed = True
         if is_last:
             self._held = chunks
+        elif self._is_direct and self._connection is not None:
+            self._connection.write(chunks)
         else:
-            self._write(chunks)
+            self._held = chunks
+            self.is_blocked = True
+            self._wake.set()
 
     async def follow(self, run: CompletionRun) -> None:
         """Return once the run is over and all of it has left, or as much as the connection holds. Raises
@@ -125,20 +132,13 @@ class EventStream:
         self._on_free = self._wake.set
         self.is_blocked = True
 
-    def _write(self, events: bytes) -> None:
-        self._has_changed = True
-        if self.is_started and self._connection is not None:
-            self._connection.write(events)
-        else:
-            self._held = events
-            self.is_blocked = True
-            self._wake.set()
-
     async def _send_held(self) -> None:
         await self._start()
         held, self._held = self._held, b""
         await self._send({"type": "http.response.body", "body": held, "more_body": True})
-        self._set_blocked(self._connection is not None and self._connection.open(self._set_blocked))
+        if self._connection is not None:
+            self._is_direct = self._connection.open(self._set_blocked)
+        self._set_blocked(self._connection is not None and self._connection.is_blocked)
 
     async def _start(self) -> None:
         if not self.is_started:
@@ -164,5 +164,5 @@ class EventStream:
             self._request.interrupt(ClientStuck())
             return
         if not self.is_blocked and not self._held and unchanged >= self._ping_interval:
-            self._write(PING)
+            self.write(PING)
         self._timer = self._loop.call_later(self._period, self._on_timer)

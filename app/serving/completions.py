@@ -13,7 +13,7 @@ from app.schemas.completions import CompletionRequest
 from app.serving.errors import ModelNotFound
 from app.serving.failures import request_error
 from app.serving.limits import ServingLimits
-from app.serving.observer import CompletionObserver
+from app.serving.observer import CompletionObserver, GapObserver
 from app.serving.outlet import Outlet
 from app.serving.prepared import PreparedCompletion
 from app.serving.run import CompletionRun
@@ -28,6 +28,7 @@ class CompletionService:
     """Completions of one served model.
 
     engine: what generates. model_names: the names that requests may use, the first for requests that use none.
+    observer: told of gaps between tokens, for metrics.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class CompletionService:
         tokenizer: Tokenizer,
         model_names: Sequence[str],
         limits: ServingLimits | None = None,
+        observer: GapObserver | None = None,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model_names = tuple(model_names)
         self._translator = Translator(tokenizer, limits or ServingLimits())
-        self._turns = Turns()
+        self._turns = Turns(observer)
 
     def prepare(self, body: CompletionRequest, request_id: str) -> PreparedCompletion:
         """Check and tokenize. Blocks in proportion to the prompts, asks nothing of the engine, may run in a thread.

@@ -113,9 +113,12 @@ class CompletionRun:
             if not self.is_over and not choice.is_over:
                 self._take_in(choice)
         self._touched.clear()
-        num_tokens = self._num_generated - num_before
-        if num_tokens and self._observer is not None:
-            self._observe(self._observer, num_tokens, now)
+        if self._num_generated > num_before:
+            if self._last_batch_at is not None:
+                self._turns.count_gap(self._last_batch_at)
+            elif self._observer is not None:
+                self._observer.on_first_token(now - self._prepared.started)
+            self._last_batch_at = now
         self.resume()
 
     def resume(self) -> None:
@@ -213,13 +216,6 @@ class CompletionRun:
 
     def _usage(self) -> dict[str, Any]:
         return usage_object(self._prepared.num_prompt_tokens, self._num_generated)
-
-    def _observe(self, observer: CompletionObserver, num_tokens: int, now: float) -> None:
-        if self._last_batch_at is None:
-            observer.on_first_token(now - self._prepared.started)
-        else:
-            observer.on_tokens(num_tokens, now - self._last_batch_at)
-        self._last_batch_at = now
 
     def _settle(self) -> None:
         if self._failure is not None:

@@ -6,6 +6,8 @@ import asyncio
 import time
 from typing import Protocol
 
+from app.serving.observer import GapObserver
+
 
 class Flushable(Protocol):
     """What has taken in something that must be worked on soon."""
@@ -23,16 +25,22 @@ class Turns:
     One callback for all of a step's streams: no task of theirs has to wake up.
     """
 
-    __slots__ = ("_added",)
+    __slots__ = ("_added", "_gaps", "_observer")
 
-    def __init__(self) -> None:
+    def __init__(self, observer: GapObserver | None) -> None:
+        self._observer = observer
         self._added: list[Flushable] = []
+        self._gaps: dict[float, int] = {}
 
     def add(self, item: Flushable) -> None:
         """Flush ``item`` in the next turn. It must not be added again before."""
         if not self._added:
             asyncio.get_running_loop().call_soon(self._flush)
         self._added.append(item)
+
+    def count_gap(self, last: float) -> None:
+        """A stream that is being flushed got tokens, after the turn at ``last``: many streams share that time."""
+        self._gaps[last] = self._gaps.get(last, 0) + 1
 
     def _flush(self) -> None:
         items, self._added = self._added, []
@@ -42,3 +50,7 @@ class Turns:
                 item.flush(now)
             except Exception as error:  # one stream's trouble is not that of the others
                 item.fail(error)
+        if self._observer is not None:
+            for last, num_gaps in self._gaps.items():
+                self._observer.on_gaps(num_gaps, now - last)
+        self._gaps.clear()

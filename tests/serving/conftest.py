@@ -64,8 +64,8 @@ def engine(byte_level: Tokenizer) -> FakeEngine:
 
 @pytest.fixture
 def make_service(byte_level: Tokenizer, engine: FakeEngine) -> Callable[..., CompletionService]:
-    def make(**limits: Any) -> CompletionService:
-        return CompletionService(engine, byte_level, ["fox", "wolf"], ServingLimits(**limits))
+    def make(observer: Any = None, **limits: Any) -> CompletionService:
+        return CompletionService(engine, byte_level, ["fox", "wolf"], ServingLimits(**limits), observer)
 
     return make
 

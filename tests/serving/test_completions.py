@@ -119,9 +119,9 @@ class Notes:
         assert seconds >= 0
         self.calls.append(("first",))
 
-    def on_tokens(self, n: int, seconds_since_last: float) -> None:
-        assert seconds_since_last >= 0
-        self.calls.append(("tokens", n))
+    def on_gaps(self, num_gaps: int, seconds: float) -> None:
+        assert seconds > 0
+        self.calls.append(("gaps", num_gaps))
 
     def on_finish(self, reason: str, prompt_tokens: int, generated_tokens: int, seconds: float) -> None:
         assert seconds >= 0
@@ -510,11 +510,12 @@ async def test_a_dead_engine_is_noticed_while_waiting(service: CompletionService
         await task
 
 
-async def test_what_an_observer_hears(service: CompletionService, engine: FakeEngine) -> None:
+async def test_what_observers_hear(make_service: Callable[..., CompletionService], engine: FakeEngine) -> None:
     notes = Notes()
+    service = make_service(notes)
     engine.burst = 2
     await complete(service, notes, n=2, max_tokens=3)
-    assert notes.calls == [("first",), ("tokens", 2), ("finish", "length", 2, 6)]
+    assert notes.calls == [("first",), ("finish", "length", 2, 6), ("gaps", 1)]
     notes.calls.clear()
     await complete(service, notes, echo=True, max_tokens=0, logprobs=0)
     assert notes.calls == [("finish", "length", 2, 0)]
@@ -522,6 +523,16 @@ async def test_what_an_observer_hears(service: CompletionService, engine: FakeEn
     engine.script = says("a")
     await complete(service, notes)
     assert notes.calls == [("first",), ("finish", "stop", 2, 2)]
+
+
+async def test_gaps_of_all_streams_are_counted(
+    make_service: Callable[..., CompletionService], engine: FakeEngine
+) -> None:
+    notes = Notes()
+    service = make_service(notes)
+    engine.delay = 0.002
+    await asyncio.gather(*(complete(service, max_tokens=number + 1) for number in range(5)))
+    assert sum(num_gaps for _, num_gaps in notes.calls) == 0 + 1 + 2 + 3 + 4
 
 
 async def test_events_after_the_end_change_nothing(service: CompletionService, engine: FakeEngine) -> None:
