@@ -57,6 +57,8 @@ class ChunkGraphs:
             self._inputs[num_tokens] = inputs
             self._graphs[num_tokens] = captured
             self._packings.append(packing)
+            # the first replay of a graph takes longer than all that follow; the inputs still name the scratch slot
+            captured.graph.replay()
         return True
 
     def _forward(self, inputs: Tensor, packing: Packing) -> None:

@@ -126,6 +126,14 @@ class GraphSteps:
         captured = self._capturer.capture(f"a step of {num_rows} rows", lambda: self._body(scratch), step)
         if captured is not None:
             self._graphs[num_rows] = captured
+            self._rehearse(captured)
+
+    def _rehearse(self, captured: Captured[StepOutput]) -> None:
+        """Replay once, on the scratch slot: the first time of a graph takes longer than all that follow."""
+        slots = self._slots.clone()
+        self._slots.zero_()
+        captured.graph.replay()
+        self._slots.copy_(slots)
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:

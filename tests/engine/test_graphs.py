@@ -52,6 +52,7 @@ def test_a_start_captures_the_largest_first_and_touches_the_scratch_slot_alone()
     steps, body, _, slots = make_steps()
     slots.copy_(torch.arange(300) + 1)
     steps.start()
+    assert slots.tolist() == list(range(1, 301))
     assert steps.captured == (*FIRST_BUCKETS, 300)
     assert len(body.calls[0]) == 300
     assert all(set(call) == {0} for call in body.calls)
