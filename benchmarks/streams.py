@@ -29,6 +29,7 @@ _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 # one with the usage, one that says [DONE]
 _EVENTS_WITHOUT_TOKENS = 2
 _OTHER_FILES = 64
+_LEAST_EVENTS = 8
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,13 @@ class Outcome:
         self.ended = max(self.ended, time.perf_counter())
 
     def steady_tokens_per_s(self) -> float | None:
-        """Tokens per second while all streams ran; None where there was no such time."""
-        seconds = self.steady_until - self.steady_from
-        num_events = len(self.first_arrivals) + len(self.gap_ends)
-        if seconds <= 0 or not num_events:
+        """Tokens per second between the first and the last quarter of all events; None for less than eight of them."""
+        times = sorted((*self.first_arrivals, *self.gap_ends))
+        begin, end = len(times) // 4, 3 * len(times) // 4
+        if len(times) < _LEAST_EVENTS or times[end] == times[begin]:
             return None
-        times = (*self.first_arrivals, *self.gap_ends)
-        num_steady = sum(self.steady_from < arrived <= self.steady_until for arrived in times)
         # an event may carry several tokens
-        return num_steady * (self.num_tokens / num_events) / seconds
+        return (end - begin) * (self.num_tokens / len(times)) / (times[end] - times[begin])
 
 
 class StreamClient(asyncio.Protocol):

@@ -80,8 +80,8 @@ def test_steady_rate_leaves_out_beginning_and_end() -> None:
     slow.add(fast)
     assert slow.steady_from == pytest.approx(4.05)
     assert slow.steady_until == pytest.approx(5.95)
-    # 19 events of the one and that of second 5 of the other
-    assert slow.steady_tokens_per_s() == pytest.approx(2 * 20 / 1.9)
+    # 30 events of two tokens: from the 8th, at 4.35, to the 23rd, at 5.75
+    assert slow.steady_tokens_per_s() == pytest.approx(2 * 15 / 1.4)
     assert Outcome().steady_tokens_per_s() is None
 
 
