@@ -79,14 +79,14 @@ def engine(tokenizer: Tokenizer) -> FakeEngine:
 
 @pytest.fixture
 def serve(engine: FakeEngine, tokenizer: Tokenizer) -> Serve:
-    """Call with settings; ``is_loading`` leaves the model unloaded."""
+    """Call with settings; ``is_loading`` leaves the model unloaded, ``http`` is another protocol class for uvicorn."""
 
     @asynccontextmanager
-    async def serve(*, is_loading: bool = False, **settings: Any) -> AsyncIterator[Running]:
+    async def serve(*, is_loading: bool = False, http: Any = None, **settings: Any) -> AsyncIterator[Running]:
         context = make_context(engine, **settings)
         if not is_loading:
             context.open_for_requests(tokenizer)
-        async with listening(context) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        async with listening(context, http) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             client.timeout = httpx.Timeout(20)
             yield Running(context, engine, port, client)
 
@@ -99,14 +99,16 @@ def make_context(engine: FakeEngine, **settings: Any) -> ServerContext:
 
 
 @asynccontextmanager
-async def listening(context: ServerContext) -> AsyncIterator[int]:
+async def listening(context: ServerContext, http: Any = None) -> AsyncIterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
-    http = QuietServer(uvicorn_config(context.settings, context))
-    task = asyncio.create_task(http.serve(sockets=[listener]))
+    config = uvicorn_config(context.settings, context)
+    config.http = http or config.http
+    server = QuietServer(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield listener.getsockname()[1]
     finally:
-        http.should_exit = True
+        server.should_exit = True
         await task
 
 

@@ -535,6 +535,39 @@ async def test_gaps_of_all_streams_are_counted(
     assert sum(num_gaps for _, num_gaps in notes.calls) == 0 + 1 + 2 + 3 + 4
 
 
+async def test_one_stream_that_breaks_is_alone(service: CompletionService, engine: FakeEngine) -> None:
+    class Broken(Writes):
+        def write(self, *_: object, **__: object) -> None:
+            raise RuntimeError("no paper")
+
+    engine.delay = 0.005
+    writes = Writes()
+    broken, whole = await asyncio.gather(
+        stream(service, Broken(), max_tokens=5), stream(service, writes, max_tokens=5), return_exceptions=True
+    )
+    assert isinstance(broken, ServerFailure)
+    assert "paper" not in broken.message
+    assert whole is None
+    assert "".join(writes.texts) == "the dogthe dogthe"
+    assert not engine.live
+
+
+async def test_text_waits_while_the_outlet_is_blocked(service: CompletionService, engine: FakeEngine) -> None:
+    writes = Writes(is_blocked=True)
+    run = service.stream(prepare(service, max_tokens=6, n=2, stream=True), writes)
+    while engine.live:
+        await anyio.sleep(0.001)
+    assert not writes.batches
+    assert not run.done.done()
+    writes.is_blocked = False
+    run.resume()
+    assert writes.texts == ["the dog" * 3, " dogthe" * 3]
+    assert [len(batch) for batch in writes.batches] == [2]
+    assert writes.is_complete
+    assert run.done.done()
+    run.close()
+
+
 async def test_events_after_the_end_change_nothing(service: CompletionService, engine: FakeEngine) -> None:
     # the engine goes on until it hears that a stop string was found
     engine.burst = 50

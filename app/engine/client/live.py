@@ -74,14 +74,14 @@ class LiveRequests:
             sink.on_lost(error)
 
     def _deliver_rich(self, live: _Request, rich: RichToken) -> None:
-        sink = self._sinks.get(live.key + rich.sample)
+        name = live.key + rich.sample
+        sink = self._sinks.get(name)
         if sink is None:
             return
+        # before the sink is told, which may abandon the request
+        if rich.finish_reason is not None:
+            del self._sinks[name]
+            live.num_unfinished -= 1
+            if not live.num_unfinished:
+                self.remove(live.request_id)
         sink.on_event(unpack_rich(live.request_id, rich))
-        if rich.finish_reason is None:
-            return
-        del self._sinks[live.key + rich.sample]
-        live.num_unfinished -= 1
-        # whoever was told may have abandoned the request
-        if not live.num_unfinished and live.request_id in self._by_id:
-            self.remove(live.request_id)
