@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from mamba_core.ops.triton.conv_kernels import conv_step_kernel
+from mamba_core.ops.triton.norm import rms_norm
 from mamba_core.ops.triton.step_kernels import (
     advance_kernel,
     delta_kernel,
@@ -25,8 +26,8 @@ from mamba_core.ops.triton.step_kernels import (
     product_shared_kernel,
 )
 
-# rows up to which a product multiplies row by row while its weights stream by: more where the weights are few
-_VERY_FEW_ROWS = {"wide": 2, "narrow": 8}
+# rows up to which a product multiplies row by row while its weights stream by
+_VERY_FEW_ROWS = 2
 # rows up to which our own products stream the weights faster than the library's do
 _FEW_ROWS = 64
 # the same for the second product of a layer, whose few outputs leave the library's too little to share out
@@ -123,9 +124,8 @@ def project_in(
         "HAS_CONV_BIAS": conv_bias is not None,
         **_launch(weight.device),
     }
-    if _are_very_few(rows, size):
-        block = 4 if size >= 2048 else 8
-        matvec_in_kernel[(triton.cdiv(width, block),)](
+    if rows <= _VERY_FEW_ROWS:
+        matvec_in_kernel[(triton.cdiv(width, 4),)](
             x.values,
             x.squares,
             *arguments,
@@ -138,10 +138,10 @@ def project_in(
             BLOCK_P=triton.next_power_of_2(max(x.parts, 1)),
             ROWS=rows,
             BLOCK_R=triton.next_power_of_2(rows),
-            BLOCK_N=block,
-            BLOCK_K=triton.next_power_of_2(size),
+            BLOCK_N=4,
             X_ROW=1,
-            num_warps=4,
+            num_warps=2,
+            **_tiles(size),
             **options,
         )
     else:
@@ -187,12 +187,14 @@ def _convolve(step: Step, xz: Tensor, taps: Tensor, bias: Tensor | None, state: 
 
 
 def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
-    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N] fp32; weight [R + 2 N, D]."""
+    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 for few rows; weight [R + 2 N, D]."""
     rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
+    if rows > _FEW_ROWS:
+        return torch.mm(xz[:, :dim], weight.T)
     y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
-    if not _are_very_few(rows, dim // 2):
+    if rows > _VERY_FEW_ROWS:
         block_n = 64 if dim >= 4096 else 16
-        _share_out(step, xz, weight, block_n, 16 if rows <= _FEW_ROWS else 64, y)
+        _share_out(step, xz, weight, block_n, 16, y)
         return y
     matvec_in_kernel[(width,)](
         xz,
@@ -217,9 +219,9 @@ def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
         ROWS=rows,
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_N=1,
-        BLOCK_K=triton.next_power_of_2(dim),
         X_ROW=2,
         num_warps=8 if dim >= 4096 else 4,
+        **_tiles(dim),
         **_launch(weight.device),
     )
     return y
@@ -246,8 +248,13 @@ def advance(
         **_launch(xz.device),
     }
     eps = inner_eps or 0.0
-    delta, is_fused = low, _are_very_few(rows, dim // 2)
-    if not is_fused:
+    is_fused = rows <= _VERY_FEW_ROWS
+    if is_fused:
+        delta = low
+    elif rows > _FEW_ROWS:
+        dt = low[:, :rank] if inner_eps is None else rms_norm(low[:, :rank], None, inner_eps)
+        delta = torch.mm(dt, dt_weight.T)
+    else:
         delta = torch.empty((rows, dim), dtype=torch.float32, device=xz.device)
         delta_kernel[(triton.cdiv(dim, 64), triton.cdiv(rows, 16))](
             low,
@@ -281,6 +288,7 @@ def advance(
         N=states,
         BLOCK_N=triton.next_power_of_2(states),
         OWN_DELTA=is_fused,
+        RAW_DELTA=rows > _FEW_ROWS,
         BLOCK_D=block,
         num_warps=8 if is_fused and dim >= 4096 else 4,
         **shape,
@@ -291,10 +299,9 @@ def advance(
 def project_out(step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor) -> Gained:
     """residual [B, H] += out_proj of y [B, D], and its norm with ``gain``; weight [H, D]."""
     rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
-    if not _are_very_few(rows, width):
+    if rows > _VERY_FEW_ROWS:
         return _project_out_rows(step, y, weight, bias, gain, residual)
-    block = 2 if dim >= 4096 else 4
-    parts = triton.cdiv(width, block)
+    parts = triton.cdiv(width, 4)
     values = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
     squares = torch.empty((parts, rows), dtype=torch.float32, device=weight.device)
     matvec_out_kernel[(parts,)](
@@ -310,9 +317,9 @@ def project_out(step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain
         HAS_BIAS=bias is not None,
         ROWS=rows,
         BLOCK_R=triton.next_power_of_2(rows),
-        BLOCK_N=block,
-        BLOCK_K=triton.next_power_of_2(dim),
-        num_warps=4 if dim >= 4096 else 8,
+        BLOCK_N=4,
+        num_warps=2 if dim >= 4096 else 4,
+        **_tiles(dim),
         **_launch(weight.device),
     )
     return Gained(values, squares, parts)
@@ -342,7 +349,7 @@ def finish(step: Step, x: Gained) -> Tensor:
 def project_head(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits [B, V] fp32 of hidden [B, H]; weight [V, H]."""
     rows, (width, size) = hidden.shape[0], (weight.shape[0], weight.shape[1])
-    if rows == 0 or not _are_very_few(rows, size):
+    if rows == 0 or rows > _VERY_FEW_ROWS:
         if weight.dtype == torch.float32:
             return hidden @ weight.T
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
@@ -371,9 +378,9 @@ def project_head(hidden: Tensor, weight: Tensor) -> Tensor:
         ROWS=rows,
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_N=4,
-        BLOCK_K=triton.next_power_of_2(size),
         X_ROW=1,
-        num_warps=4,
+        num_warps=2,
+        **_tiles(size),
         **_launch(weight.device),
     )
     return y
@@ -439,8 +446,13 @@ def _share_out(step: Step, x: Tensor, weight: Tensor, block_n: int, block_b: int
     return product
 
 
-def _are_very_few(rows: int, hidden_size: int) -> bool:
-    return rows <= _VERY_FEW_ROWS["narrow" if hidden_size <= _NARROW else "wide"]
+def _tiles(size: int) -> dict[str, int | bool]:
+    """How a program covers whole rows of this many inputs: without a masked column, if five tiles can."""
+    block = min(size & -size, 2048)
+    steps = size // block
+    if steps <= 5:
+        return {"BLOCK_K": block, "STEPS": steps, "EXACT": True}
+    return {"BLOCK_K": triton.next_power_of_2(size), "STEPS": 1, "EXACT": False}
 
 
 def _block_rows(rows: int, width: int) -> int:

@@ -52,13 +52,63 @@ def embed_kernel(
 
 
 @triton.jit
-def multiply_rows(w, x_ptr, k, mask_k, in_width, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_N, BLOCK_R] of the tile w [BLOCK_N, BLOCK_K] times the first ROWS rows of x [B, in], whole rows each."""
+def fetch_rows(w_ptr, n, in_width, out_width, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr):
+    """Rows n of W [out, in], which are STEPS <= 5 tiles [BLOCK_N, BLOCK_K] wide, all on their way at once.
+
+    Tiles beyond STEPS stand in for none. EXACT if the tiles have the width of W to the column.
+    """
+    k = tl.arange(0, BLOCK_K)
+    base = w_ptr + tl.minimum(n, out_width - 1).to(tl.int64)[:, None] * in_width + k[None, :]
+    if EXACT:
+        w0 = tl.load(base, eviction_policy="evict_first")
+    else:
+        w0 = tl.load(base, mask=(k < in_width)[None, :], other=0.0, eviction_policy="evict_first")
+    w1, w2, w3, w4 = w0, w0, w0, w0
+    if STEPS > 1:
+        w1 = tl.load(base + BLOCK_K, eviction_policy="evict_first")
+    if STEPS > 2:
+        w2 = tl.load(base + 2 * BLOCK_K, eviction_policy="evict_first")
+    if STEPS > 3:
+        w3 = tl.load(base + 3 * BLOCK_K, eviction_policy="evict_first")
+    if STEPS > 4:
+        w4 = tl.load(base + 4 * BLOCK_K, eviction_policy="evict_first")
+    return w0, w1, w2, w3, w4
+
+
+@triton.jit
+def multiply_rows(
+    w0,
+    w1,
+    w2,
+    w3,
+    w4,
+    x_ptr,
+    x_stride,
+    in_width,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_R] of the tiles of ``fetch_rows`` times the first ROWS rows of x."""
     r = tl.arange(0, BLOCK_R)
+    k = tl.arange(0, BLOCK_K)
     y = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     for row in tl.static_range(ROWS):
-        x = tl.load(x_ptr + row * in_width + k, mask=mask_k, other=0.0).to(tl.float32)
-        product = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+        x_ptrs = x_ptr + row * x_stride + k
+        x = tl.load(x_ptrs, mask=EXACT | (k < in_width), other=0.0).to(tl.float32)
+        acc = w0.to(tl.float32) * x[None, :]
+        if STEPS > 1:
+            acc += w1.to(tl.float32) * tl.load(x_ptrs + BLOCK_K).to(tl.float32)[None, :]
+        if STEPS > 2:
+            acc += w2.to(tl.float32) * tl.load(x_ptrs + 2 * BLOCK_K).to(tl.float32)[None, :]
+        if STEPS > 3:
+            acc += w3.to(tl.float32) * tl.load(x_ptrs + 3 * BLOCK_K).to(tl.float32)[None, :]
+        if STEPS > 4:
+            acc += w4.to(tl.float32) * tl.load(x_ptrs + 4 * BLOCK_K).to(tl.float32)[None, :]
+        product = tl.sum(acc, axis=1)
         y = tl.where((r == row)[None, :], product[:, None], y)
     return y
 
@@ -88,6 +138,8 @@ def matvec_in_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    EXACT: tl.constexpr,
     X_ROW: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -96,15 +148,12 @@ def matvec_in_kernel(
     K = 0 for no convolution; else BLOCK_N divides ``dim``. PARTS = 0 for an x that is taken as it is. Rows of x are
     X_ROW times ``in_width`` apart.
     """
-    k = tl.arange(0, BLOCK_K)
-    mask_k = k < in_width
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     mask_n = n < out_width
     mask_r = r < ROWS
     mask = mask_n[:, None] & mask_r[None, :]
-    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * in_width + k[None, :]
-    w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0, eviction_policy="evict_first")
+    w0, w1, w2, w3, w4 = fetch_rows(w_ptr, n, in_width, out_width, BLOCK_K, STEPS, EXACT)
     is_convolved = tl.program_id(0) * BLOCK_N < dim
     past = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     newest = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -122,7 +171,9 @@ def matvec_in_kernel(
                     tl.store(home + j - 1, old, mask=mask_r[None, :])
             newest = tl.load(taps_ptr + n * K + K - 1).to(tl.float32)
     await_inputs(PDL)
-    y = multiply_rows(w, x_ptr, k, mask_k, in_width * X_ROW, ROWS, BLOCK_R, BLOCK_N)
+    y = multiply_rows(
+        w0, w1, w2, w3, w4, x_ptr, in_width * X_ROW, in_width, ROWS, BLOCK_R, BLOCK_N, BLOCK_K, STEPS, EXACT
+    )
     if PARTS > 0:
         p = tl.arange(0, BLOCK_P)
         shares = squares_ptr + p[:, None] * ROWS + r[None, :]
@@ -156,23 +207,24 @@ def matvec_out_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    EXACT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """For ROWS rows: residual [B, out] += x W^T, and what the next norm needs; a share of squares per program."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
     mask_n = n < out_width
-    mask_k = k < in_width
     mask_r = r < ROWS
     mask = mask_n[:, None] & mask_r[None, :]
-    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * in_width + k[None, :]
-    w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0, eviction_policy="evict_first")
+    w0, w1, w2, w3, w4 = fetch_rows(w_ptr, n, in_width, out_width, BLOCK_K, STEPS, EXACT)
     gain = tl.load(gain_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
     at = r[None, :] * out_width + n[:, None]
     await_inputs(PDL)
     before = tl.load(residual_ptr + at, mask=mask, other=0.0)
-    y = before + multiply_rows(w, x_ptr, k, mask_k, in_width, ROWS, BLOCK_R, BLOCK_N)
+    y = before + multiply_rows(
+        w0, w1, w2, w3, w4, x_ptr, in_width, in_width, ROWS, BLOCK_R, BLOCK_N, BLOCK_K, STEPS, EXACT
+    )
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     tl.store(residual_ptr + at, y, mask=mask)
@@ -431,14 +483,15 @@ def advance_kernel(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OWN_DELTA: tl.constexpr,
+    RAW_DELTA: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The recurrence of one row's BLOCK_D channels and the gate: y [B, D] from xz [B, 2 D] and low [B, R + 2 N] fp32.
+    """The recurrence of one row's BLOCK_D channels and the gate: y [B, D] from xz [B, 2 D] and low [B, R + 2 N].
 
-    With OWN_DELTA dt_proj and softplus as well, else from delta [B, D]. With NORM, dt, B and C are normed first, as
-    Falcon's Mamba does.
+    With OWN_DELTA dt_proj and softplus as well; else delta [B, D] is given, with RAW_DELTA before its bias and
+    softplus. With NORM, dt, B and C are normed first, as Falcon's Mamba does.
     """
     row = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -452,7 +505,7 @@ def advance_kernel(
     slot = tl.load(slots_ptr + row)
     if OWN_DELTA:
         w = tl.load(w_ptr + d[:, None] * R + r[None, :], mask=mask_d[:, None] & mask_r[None, :], other=0.0)
-        bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
     a = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2_E
     skip = tl.load(d_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
     home = state_ptr + slot * state_stride + tile
@@ -461,18 +514,20 @@ def advance_kernel(
     x = tl.load(xz_ptr + row * 2 * dim + d, mask=mask_d, other=0.0).to(tl.float32)
     z = tl.load(xz_ptr + row * 2 * dim + dim + d, mask=mask_d, other=0.0).to(tl.float32)
     source = low_ptr + row * (R + 2 * N)
-    b = tl.load(source + R + n, mask=mask_n, other=0.0)
-    c = tl.load(source + R + N + n, mask=mask_n, other=0.0)
+    b = tl.load(source + R + n, mask=mask_n, other=0.0).to(tl.float32)
+    c = tl.load(source + R + N + n, mask=mask_n, other=0.0).to(tl.float32)
     if NORM:
         b = b / tl.sqrt(tl.sum(b * b, axis=0) / N + eps)
         c = c / tl.sqrt(tl.sum(c * c, axis=0) / N + eps)
     if OWN_DELTA:
-        low = tl.load(source + r, mask=mask_r, other=0.0)
+        low = tl.load(source + r, mask=mask_r, other=0.0).to(tl.float32)
         if NORM:
             low = low / tl.sqrt(tl.sum(low * low, axis=0) / R + eps)
         delta = softplus(tl.sum(w.to(tl.float32) * low[None, :], axis=1) + bias)
     else:
-        delta = tl.load(delta_ptr + row * dim + d, mask=mask_d, other=0.0)
+        delta = tl.load(delta_ptr + row * dim + d, mask=mask_d, other=0.0).to(tl.float32)
+        if RAW_DELTA:
+            delta = softplus(delta + bias)
     h = tl.exp2(delta[:, None] * a) * h + (delta * x)[:, None] * b[None, :]
     tl.store(home, h.to(state_ptr.dtype.element_ty), mask=mask)
     y = tl.sum(h * c[None, :], axis=1) + skip * x
