@@ -140,7 +140,7 @@ def project_in(
             BLOCK_R=triton.next_power_of_2(rows),
             BLOCK_N=4,
             X_ROW=1,
-            num_warps=2,
+            num_warps=2 * rows,
             **_tiles(size),
             **options,
         )
@@ -318,7 +318,7 @@ def project_out(step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain
         ROWS=rows,
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_N=4,
-        num_warps=2 if dim >= 4096 else 4,
+        num_warps=4,
         **_tiles(dim),
         **_launch(weight.device),
     )
@@ -379,7 +379,7 @@ def project_head(hidden: Tensor, weight: Tensor) -> Tensor:
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_N=4,
         X_ROW=1,
-        num_warps=2,
+        num_warps=2 * rows,
         **_tiles(size),
         **_launch(weight.device),
     )
