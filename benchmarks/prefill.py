@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     subject = load_subject(options)
     num_slots = max(num_prompts for num_prompts, _ in options.shape)
     engine = subject.engine(num_slots, prefill_budget=max(rows * length for rows, length in options.shape))
+    # what a server does while it is idle
+    while engine.prepare_more():
+        pass
     for num_prompts, length in options.shape:
         print_line(run_case(subject, engine, num_prompts, length, options.repeats))
 

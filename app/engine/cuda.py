@@ -19,7 +19,7 @@ def cuda_runner(model: Model, cache: MambaCache, vocab_size: int, *, cuda_graphs
     tables = SlotSampling(cache.num_slots, cache.device)
     if not cuda_graphs:
         return Runner(model, cache, vocab_size, SlotDecoder(model, cache, vocab_size, tables, draw_tokens, Steps))
-    capturer = Capturer(cache.device)
-    make_steps = partial(GraphSteps, capturer=capturer)
+    make_steps = partial(GraphSteps, capturer=Capturer(cache.device))
     decoder = SlotDecoder(model, cache, vocab_size, tables, draw_tokens, make_steps)
-    return Runner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, capturer))
+    # a capturer of its own, so that a chunk that cannot be captured does not keep steps from being
+    return Runner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, Capturer(cache.device)))

@@ -23,6 +23,7 @@ from mamba_core import MambaCache
 from mamba_core.ops import Packing
 
 VOCAB_SIZE = 53
+CHUNK_SIZES = (4, 8, 32, 128)
 _MODULUS = 9973
 
 
@@ -152,7 +153,7 @@ def graph_runner(model: Model, cache: MambaCache, vocab_size: int, capturer: Any
     capturer = capturer or HostCapturer()
     make_steps = partial(GraphSteps, capturer=capturer)
     decoder = SlotDecoder(model, cache, vocab_size, HostTables(cache.num_slots), draw_on_host, make_steps)
-    return OverlappedRunner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, capturer))
+    return OverlappedRunner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, capturer, CHUNK_SIZES))
 
 
 def make_runner(mode: str, model: Model, cache: MambaCache, vocab_size: int) -> Runner:
@@ -160,6 +161,8 @@ def make_runner(mode: str, model: Model, cache: MambaCache, vocab_size: int) -> 
     if mode == "graphs":
         runner = graph_runner(model, cache, vocab_size)
         runner.start()
+        while runner.prepare_more():
+            pass
         return runner
     return (Runner if mode == "synchronous" else OverlappedRunner)(model, cache, vocab_size)
 

@@ -199,7 +199,11 @@ def test_what_cannot_be_captured_runs_without(
     engine = make_engine(model, "graphs")
     assert "cannot be captured" in caplog.text
     assert run(engine, *[mixed_request(i) for i in range(10)]).tokens == expected
-    assert not engine.prepare_more()
+    # chunks of prompts, which make no logits, are captured all the same
+    while engine.prepare_more():
+        pass
+    assert run(engine, *[mixed_request(i) for i in range(10)]).tokens == expected
+    assert caplog.text.count("cannot be captured") == 1
 
 
 def test_three_hundred_requests_that_come_and_go_at_random(model: MambaForCausalLM) -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.engine import chunk_graphs
 from app.engine.chunk_graphs import SIZES, ChunkGraphs
 from app.engine.graphs import FIRST_BUCKETS, PATIENCE, GraphSteps, StepOutput, buckets
+from app.engine.share import LEAST_SHARE
 from mamba_core import MambaCache
 from mamba_core.ops import Packing
 from tests.engine.fakes import HistoryModel, HostCapturer, make_cache, state_after
@@ -121,20 +123,38 @@ def forward(tokens: list[int], slot: int, cache: MambaCache, graphs: ChunkGraphs
     return graphs.run(array("q", tokens), slot)
 
 
-def test_a_chunk_with_a_graph_goes_on_from_its_slot() -> None:
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64])
+def test_a_chunk_with_a_graph_goes_on_from_its_slot_and_padding_touches_nobody(length: int) -> None:
     cache = make_cache(3)
     capturer = HostCapturer()
-    graphs = ChunkGraphs(HistoryModel(), cache, capturer)  # type: ignore[arg-type]
-    tokens = [(7 * i) % 53 for i in range(64)]
+    graphs = ChunkGraphs(HistoryModel(), cache, capturer, (32, 64))  # type: ignore[arg-type]
+    tokens = [(7 * i + 1) % 53 for i in range(length)]
     assert not forward(tokens, 2, cache, graphs)
     while graphs.prepare_more():
         pass
-    assert len(capturer.names) == len(SIZES)
-    assert cache.ssm[0, 1:].isnan().sum() == 2
+    assert len(capturer.names) == 2
+    cache.ssm[:] = torch.nan
     assert forward(tokens, 2, cache, graphs)
     assert graphs.run(array("q", tokens), 2)
     assert cache.ssm[0, 2].item() == state_after(tokens + tokens)
-    assert not graphs.run(array("q", tokens[:63]), 2)
+    assert cache.ssm[0, [1, 3]].isnan().all()
+    assert not graphs.run(array("q", [1] * 65), 2)
+
+
+def test_large_chunks_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_graphs, "LARGEST_PADDED", 32)
+    cache = make_cache(3)
+    graphs = ChunkGraphs(HistoryModel(), cache, HostCapturer(), (32, 64))  # type: ignore[arg-type]
+    while graphs.prepare_more():
+        pass
+    assert [forward([1] * length, 1, cache, graphs) for length in (20, 32, 40, 63, 64)] == [
+        *(True, True, False, False, True)
+    ]
+
+
+def test_shares_are_sizes_of_graphs() -> None:
+    assert {2**power for power in range(6, 14)} <= set(SIZES)
+    assert min(2**power for power in range(6, 14)) == LEAST_SHARE
 
 
 def test_chunks_that_cannot_be_captured_are_left_to_others() -> None:
