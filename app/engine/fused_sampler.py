@@ -28,8 +28,10 @@ _CHUNK = 2048
 _CANDIDATES = 4096
 # blocks whose sums such a row makes together
 _GROUP = 4
-_BLOCK_WARPS = 4
+_BLOCK_WARPS = 2
 _ROW_WARPS = 8
+# of the second kernel, so that a multiprocessor holds two of its programs
+_ROW_REGISTERS = 128
 
 _LARGEST_TOP_K = 2**31 - 1
 
@@ -97,6 +99,7 @@ def draw_tokens(logits: Tensor, slots: Tensor, tables: SlotSampling) -> tuple[Te
         is_finite.view(torch.uint8),
         torch.empty(num_rows, _CANDIDATES, dtype=torch.float32, device=logits.device),
         row_units,
+        num_tokens,
         V=num_tokens,
         ALIGN=align,
         BLOCK=_BLOCK,
@@ -106,6 +109,7 @@ def draw_tokens(logits: Tensor, slots: Tensor, tables: SlotSampling) -> tuple[Te
         CANDIDATES=_CANDIDATES,
         GROUP=_GROUP,
         num_warps=_ROW_WARPS,
+        maxnreg=_ROW_REGISTERS,
     )
     return tokens, is_finite
 

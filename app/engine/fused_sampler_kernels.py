@@ -19,6 +19,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# its place in ``order``
+OF_LOWEST = tl.constexpr(-0x7F800000)
 
 # beyond so many powers of two below the maximum, a weight is 0 in fp32
 REACH = tl.constexpr(160.0)
@@ -79,13 +81,32 @@ def weight_of(distance, rate, rest):
 
 
 @triton.jit
-def kept_weights(x, mask, maximum, limit, temperature):
-    """The weights of logits that are at most ``limit`` temperatures below the maximum, 0 for the others."""
+def bottom_of(limit, maximum, temperature):
+    """The least x for which (maximum - x) / temperature, rounded twice as ``distribution`` rounds it, is within limit.
+
+    So logits that tie after this rounding are kept together, and no other logit needs a division. Four times, 256
+    numbers cut the interval in which x lies.
+    """
+    reach = rate_of(temperature)[2]
+    low = tl.full([], OF_LOWEST, dtype=tl.int64)
+    high = order(maximum).to(tl.int64)
+    probes = tl.arange(0, 256).to(tl.int64)
+    for _ in range(4):
+        size = (high - low) // 256 + 1
+        x = from_order(tl.minimum(low + probes * size, high))
+        is_kept = tl.div_rn(tl.minimum(maximum - x, reach), temperature) <= limit
+        first = tl.min(tl.where(is_kept, probes, 256), axis=0)
+        high = tl.minimum(low + first * size, high)
+        low = tl.where(first > 0, low + (first - 1) * size + 1, low)
+    return from_order(high)
+
+
+@triton.jit
+def weights_from(x, mask, bottom, maximum, temperature):
+    """fp64 weights of logits that are not below the bottom, 0 for the others."""
     rate, rest, reach = rate_of(temperature)
-    distance = tl.minimum(maximum - x, reach)
-    # divided as the filters of ``distribution`` do, so that the same logits tie
-    is_kept = mask & (tl.div_rn(distance, temperature) <= limit)
-    return tl.where(is_kept, weight_of(distance, rate, rest), 0.0)
+    weights = weight_of(tl.minimum(maximum - x, reach), rate, rest)
+    return tl.where(mask & (x >= bottom), weights, 0.0).to(tl.float64)
 
 
 @triton.jit
@@ -109,7 +130,7 @@ def sampler_block_kernel(
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Per block of a row: the maximum, its first index, inverted where a logit is not finite, and the sum of weights.
+    """Per block of a row: the maximum, infinite where any logit is not finite, its first index, and the sum of weights.
 
     maxima, indices, sums [B, blocks]; the row stride of the logits is ``row_units`` * ALIGN.
     """
@@ -118,13 +139,11 @@ def sampler_block_kernel(
     out = row * tl.num_programs(0) + block
     word = tl.load(table_ptr + tl.load(slots_ptr + row) * 4 + 2)
     x, mask = load_logits(logits_ptr + row * row_units * ALIGN, block * BLOCK, V, BLOCK)
-    is_finite = tl.abs(x) <= -LOWEST
-    x = tl.where(is_finite, x, LOWEST)
-    maximum, index = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    is_broken = tl.max((~is_finite).to(tl.int32), axis=0)
-    index += block * BLOCK
+    x = tl.where(tl.abs(x) <= -LOWEST, x, float("inf"))
+    maximum = tl.max(x, axis=0)
+    index = tl.min(tl.where(x == maximum, tl.arange(0, BLOCK), BLOCK), axis=0)
     tl.store(maxima_ptr + out, maximum)
-    tl.store(indices_ptr + out, tl.where(is_broken > 0, -1 - index, index))
+    tl.store(indices_ptr + out, block * BLOCK + index)
     temperature = low_float(word)
     if temperature > 0:
         rate, rest, reach = rate_of(temperature)
@@ -276,7 +295,7 @@ def kept_sums(
     row_ptr,
     row_sums_ptr,
     maximum,
-    limit,
+    bottom,
     temperature,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -284,7 +303,7 @@ def kept_sums(
     BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Per block, the sum of the weights of logits that are at most ``limit`` temperatures below the maximum."""
+    """Per block, the sum of the weights of logits that are not below the bottom."""
     # the sums there were have been read
     tl.debug_barrier()
     for first in range(0, NUM_BLOCKS, GROUP):
@@ -292,8 +311,8 @@ def kept_sums(
         token = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         mask = token < V
         x = tl.load(row_ptr + token, mask=mask, other=LOWEST).to(tl.float32)
-        weights = kept_weights(x, mask, maximum, limit, temperature)
-        tl.store(row_sums_ptr + block, tl.sum(weights.to(tl.float64), axis=1), mask=block < NUM_BLOCKS)
+        weights = weights_from(x, mask, bottom, maximum, temperature)
+        tl.store(row_sums_ptr + block, tl.sum(weights, axis=1), mask=block < NUM_BLOCKS)
     tl.debug_barrier()
     blocks = tl.arange(0, BLOCKS)
     return tl.load(row_sums_ptr + blocks, mask=blocks < NUM_BLOCKS, other=0.0)
@@ -311,7 +330,7 @@ def first_above(weights, target, SIZE: tl.constexpr):
     return tl.minimum(first, tl.max(tl.where(has_weight, index, -1), axis=0))
 
 
-@triton.jit(do_not_specialize=["row_units"])
+@triton.jit(do_not_specialize=["row_units", "num_tokens"])
 def sampler_row_kernel(
     logits_ptr,
     slots_ptr,
@@ -323,6 +342,7 @@ def sampler_row_kernel(
     is_finite_ptr,
     scratch_ptr,
     row_units,
+    num_tokens,
     V: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -332,7 +352,10 @@ def sampler_row_kernel(
     CANDIDATES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One token per row from what ``sampler_block_kernel`` left; the positions of the rows' slots advance by 1."""
+    """One token per row from what ``sampler_block_kernel`` left; the positions of the rows' slots advance by 1.
+
+    ``num_tokens`` is V once more, unknown to the compiler.
+    """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_units * ALIGN
     entry_ptr = table_ptr + tl.load(slots_ptr + row) * 4
@@ -343,9 +366,8 @@ def sampler_row_kernel(
     mask_blocks = blocks < NUM_BLOCKS
     maxima = tl.load(maxima_ptr + row * NUM_BLOCKS + blocks, mask=mask_blocks, other=LOWEST)
     indices = tl.load(indices_ptr + row * NUM_BLOCKS + blocks, mask=mask_blocks, other=0x7FFFFFFF)
-    is_finite = tl.min(indices, axis=0) >= 0
-    indices = tl.where(indices < 0, -1 - indices, indices)
     maximum = tl.max(maxima, axis=0)
+    is_finite = maximum <= -LOWEST
     token = tl.min(tl.where(maxima == maximum, indices, 0x7FFFFFFF), axis=0)
     if (temperature > 0) & is_finite:
         rate, rest, reach = rate_of(temperature)
@@ -355,11 +377,12 @@ def sampler_row_kernel(
         limit = -low_float(limits)
         sums = tl.load(sums_ptr + row * NUM_BLOCKS + blocks, mask=mask_blocks, other=0.0)
         sums = sums * weight_of(tl.minimum(maximum - maxima, reach), rate, rest).to(tl.float64)
+        bottom = tl.maximum(maximum - reach, LOWEST)
         is_limited = (top_k > 0) & (top_k < V)
         if is_limited | (top_p < 1) | (limit < REACH):
-            # whatever is further below weighs nothing
-            lowest = tl.maximum(maximum - reach, LOWEST)
-            num_above = tl.full([], V, dtype=tl.int32)
+            lowest = bottom
+            # not V itself: triton 3.6 fails to compile what is left when it knows that the search need not read rows
+            num_above = num_tokens
             row_sums_ptr = sums_ptr + row * NUM_BLOCKS
             scratch_ptr += row * CANDIDATES
             if is_limited:
@@ -367,25 +390,27 @@ def sampler_row_kernel(
                 lowest, num_above = threshold_of(
                     row_ptr, scratch_ptr, maximum, lowest, num_above, target, temperature, True, V, CHUNK, CANDIDATES
                 )
-                limit = tl.minimum(limit, tl.div_rn(maximum - lowest, temperature))
-            if top_p < 1:
-                if is_limited:
-                    farthest = tl.div_rn(maximum - lowest, temperature)
+                farthest = tl.div_rn(maximum - lowest, temperature)
+                limit = tl.minimum(limit, farthest)
+                if top_p < 1:
+                    bottom = bottom_of(farthest, maximum, temperature)
                     sums = kept_sums(
-                        row_ptr, row_sums_ptr, maximum, farthest, temperature, V, BLOCK, NUM_BLOCKS, BLOCKS, GROUP
+                        row_ptr, row_sums_ptr, maximum, bottom, temperature, V, BLOCK, NUM_BLOCKS, BLOCKS, GROUP
                     )
+            if top_p < 1:
                 target = top_p.to(tl.float64) * tl.sum(sums, axis=0)
                 lowest, num_above = threshold_of(
                     row_ptr, scratch_ptr, maximum, lowest, num_above, target, temperature, False, V, CHUNK, CANDIDATES
                 )
                 limit = tl.minimum(limit, tl.div_rn(maximum - lowest, temperature))
-            sums = kept_sums(row_ptr, row_sums_ptr, maximum, limit, temperature, V, BLOCK, NUM_BLOCKS, BLOCKS, GROUP)
+            bottom = bottom_of(limit, maximum, temperature)
+            sums = kept_sums(row_ptr, row_sums_ptr, maximum, bottom, temperature, V, BLOCK, NUM_BLOCKS, BLOCKS, GROUP)
         target = uniform(tl.load(entry_ptr), position) * tl.sum(sums, axis=0)
         block = tl.maximum(first_above(sums, target, BLOCKS), 0)
         before = tl.sum(tl.where(blocks < block, sums, 0.0), axis=0)
         inside = tl.sum(tl.where(blocks == block, sums, 0.0), axis=0)
         x, mask = load_logits(row_ptr, block * BLOCK, V, BLOCK)
-        weights = kept_weights(x, mask, maximum, limit, temperature).to(tl.float64)
+        weights = weights_from(x, mask, bottom, maximum, temperature)
         offset = first_above(weights, (target - before) / inside * tl.sum(weights, axis=0), BLOCK)
         token = tl.where(offset >= 0, block * BLOCK + offset, token)
     tl.store(tokens_ptr + row, token.to(tl.int64))

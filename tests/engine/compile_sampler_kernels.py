@@ -16,18 +16,24 @@ from triton.compiler import ASTSource
 from app.engine import fused_sampler_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
-SHAPE = {"V": 50280, "ALIGN": 8, "BLOCK": 1024}
+BLOCK = 1024
+# a vocabulary that is searched over the row first, one that a tile holds, one of a single block
+SHAPES = [{"V": 50280, "ALIGN": 8}, {"V": 4000, "ALIGN": 16}, {"V": 97, "ALIGN": 1}]
 POINTERS = {"slots": "*i64", "table": "*i64", "maxima": "*fp32", "indices": "*i32", "sums": "*fp64"} | {
     "tokens": "*i64",
     "is_finite": "*u8",
     "scratch": "*fp32",
 }
 
-# kernel, constants, warps
-KERNELS: list[tuple[str, dict[str, Any], int]] = [
-    ("sampler_block_kernel", SHAPE, 4),
-    ("sampler_row_kernel", SHAPE | {"NUM_BLOCKS": 50, "BLOCKS": 64, "CHUNK": 2048, "CANDIDATES": 4096, "GROUP": 4}, 8),
-]
+
+def variants() -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Kernel, constants, warps."""
+    for shape in SHAPES:
+        blocks = triton.cdiv(shape["V"], BLOCK)
+        constants = shape | {"BLOCK": BLOCK}
+        yield "sampler_block_kernel", constants, 2
+        constants |= {"NUM_BLOCKS": blocks, "BLOCKS": triton.next_power_of_2(blocks)}
+        yield "sampler_row_kernel", constants | {"CHUNK": 2048, "CANDIDATES": 4096, "GROUP": 4}, 8
 
 
 def source_of(kernel: Any, constants: dict[str, Any], logits: str) -> ASTSource:
@@ -46,16 +52,17 @@ def source_of(kernel: Any, constants: dict[str, Any], logits: str) -> ASTSource:
 
 
 def compile_all() -> Iterator[dict[str, Any]]:
-    for name, constants, num_warps in KERNELS:
+    for name, constants, num_warps in variants():
         kernel = getattr(fused_sampler_kernels, name)
         for logits in ("*fp32", "*bf16"):
             compiled = triton.compile(
-                source_of(kernel, constants, logits), target=TARGET, options={"num_warps": num_warps}
+                source_of(kernel, constants, logits), target=TARGET, options={"num_warps": num_warps, "maxnreg": 128}
             )
             assembly = compiled.asm["ptx"]
             yield {
                 "kernel": name,
                 "logits": logits,
+                "align": constants["ALIGN"],
                 "type": type(kernel).__name__,
                 "cubin_bytes": len(compiled.asm["cubin"]),
                 "wide_loads": assembly.count(".v4.b32"),

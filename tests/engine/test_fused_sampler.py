@@ -372,7 +372,7 @@ def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_logits_are_loaded_by_sixteen_bytes_and_no_stride_is_compiled_for(compiled: list[dict[str, Any]]) -> None:
-    assert all(record["wide_loads"] > 0 for record in compiled)
+    assert all(record["wide_loads"] > 0 for record in compiled if record["align"] >= 8)
     assert not [record for record in compiled if "row_units" in record["specialised"]]
 
 
