@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.datastructures import Headers
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 from app.api.errors import HttpError
+from app.api.headers import find_header, header_values
 from app.api.open_requests import ClientGone
 
 _JSON = "application/json"
 _CHARSETS = ("", "charset=utf-8", 'charset="utf-8"')
 
 
-async def read_json_body(headers: Headers, receive: Receive, max_bytes: int, timeout: float) -> bytes:
+async def read_json_body(scope: Scope, receive: Receive, max_bytes: int, timeout: float) -> bytes:
     """All bytes of a body that says it is JSON. Raises HttpError 408, 413, 415, and ClientGone.
 
     A body that is too large is not read beyond its limit, and not at all when Content-Length tells.
     """
-    _check_form(headers)
-    if _declared_length(headers) > max_bytes:
+    _check_form(scope)
+    if _declared_length(scope) > max_bytes:
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(timeout):
@@ -45,17 +45,18 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
             return b"".join(parts)
 
 
-def _check_form(headers: Headers) -> None:
-    content_types = headers.getlist("content-type")
+def _check_form(scope: Scope) -> None:
+    content_types = header_values(scope, b"content-type")
     media_type, _, parameter = content_types[0].partition(";") if len(content_types) == 1 else ("", "", "")
     if media_type.strip().lower() != _JSON or parameter.strip().lower() not in _CHARSETS:
         raise HttpError(415, f"the Content-Type of the request should be {_JSON}, in UTF-8")
-    if headers.get("content-encoding", "identity").lower() != "identity":
+    encoding = find_header(scope, b"content-encoding")
+    if encoding is not None and encoding.lower() != "identity":
         raise HttpError(415, "the body of the request should not be compressed")
 
 
-def _declared_length(headers: Headers) -> int:
-    length = headers.get("content-length", "0")
+def _declared_length(scope: Scope) -> int:
+    length = find_header(scope, b"content-length") or "0"
     return int(length) if length.isascii() and length.isdecimal() else 0
 
 

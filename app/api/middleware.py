@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import HttpError, as_request_error, error_response
+from app.api.headers import find_header, header_values
 from app.api.open_requests import ClientGone
 from app.logging import bind_request
 
@@ -107,7 +108,7 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(self._root_path)
-        if path in self._open_paths or self.is_valid(Headers(scope=scope).getlist("authorization")):
+        if path in self._open_paths or self.is_valid(header_values(scope, b"authorization")):
             await self._app(scope, receive, send)
             return
         headers = {"WWW-Authenticate": "Bearer"}
@@ -163,14 +164,6 @@ def clean_request_id(given: str | None) -> str:
     """The client's id without what does not belong into a header or a log, or a new one."""
     kept = _NOT_IN_ID.sub("", given)[:_MAX_ID_CHARACTERS] if given else ""
     return kept or secrets.token_hex(16)
-
-
-def find_header(scope: Scope, name: bytes) -> str | None:
-    """The first header of this name, given in lower case. Cheaper than an object that knows them all."""
-    for key, value in scope["headers"]:
-        if key == name:
-            return str(value, "latin-1")
-    return None
 
 
 def _digest(key: bytes) -> bytes:

@@ -157,6 +157,17 @@ async def test_requests_together_are_answered_as_each_alone() -> None:
         assert (client.info.vocab_size, client.info.eos_token_ids, client.model_dir) == (97, (0,), "/scripted")
 
 
+async def test_many_requests_of_one_turn_arrive() -> None:
+    async with ready(make_client()) as client:
+        watchers = [Watcher(client, make_request(str(number), [1 + number], 2)) for number in range(100)]
+        client.abandon("70")
+        del watchers[70]
+        transcript = await collect(*watchers)
+        for number in [*range(70), *range(71, 100)]:
+            expected = [expected_token((1 + number,), 0, position) for position in (1, 2)]
+            assert transcript.tokens[str(number), 0] == expected
+
+
 async def test_what_is_closed_or_aborted_frees_its_slots() -> None:
     async with ready(make_client()) as client:
         leaver, stayer = (

@@ -34,7 +34,7 @@ async def create_completion(request: Request) -> Response:
     context.require_service()
     context.check_queue()
     settings = context.settings
-    raw = await read_json_body(request.headers, request.receive, settings.max_body_size, settings.body_timeout)
+    raw = await read_json_body(request.scope, request.receive, settings.max_body_size, settings.body_timeout)
     parse = parse_completion_request
     body = parse(raw) if len(raw) <= _BYTES_IN_LOOP else await asyncio.to_thread(parse, raw)
     return CompletionAnswer(context, context.require_service(), body)

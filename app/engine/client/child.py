@@ -21,6 +21,9 @@ from app.engine.messages import EXIT_START_FAILED, Arguments, Command, Report
 
 # messages read before the event loop gets its turn again
 MAX_READS_AT_ONCE = 64
+# commands that are sent without waiting for the end of the turn: the process begins with the first of many requests
+# while the last are still being read
+MAX_COMMANDS_HELD = 32
 
 # how long the last words of a process may take from the kernel to the socket
 LAST_WORDS_SECONDS = 0.2
@@ -77,10 +80,12 @@ class EngineChild:
         return self._process.pid
 
     def send(self, command: Command) -> None:
-        """Send with all other commands of this turn of the event loop. A process that is gone gets nothing."""
+        """Send together with others of this turn of the event loop. A process that is gone gets nothing."""
         if not self._outbox:
             self._loop.call_soon(self._flush)
         self._outbox.append(command)
+        if len(self._outbox) == MAX_COMMANDS_HELD:
+            self._send_held()
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -116,13 +121,15 @@ class EngineChild:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _flush(self) -> None:
-        commands, self._outbox = self._outbox, []
-        if self._socket.closed:
-            return
-        with contextlib.suppress(zmq.Again):
-            self._socket.send(self._encoder.encode(commands), zmq.NOBLOCK)
+        self._send_held()
         # sending may have consumed the signal that messages wait to be read
         self._read()
+
+    def _send_held(self) -> None:
+        commands, self._outbox = self._outbox, []
+        if commands and not self._socket.closed:
+            with contextlib.suppress(zmq.Again):
+                self._socket.send(self._encoder.encode(commands), zmq.NOBLOCK)
 
     def _read(self, max_reads: int | None = MAX_READS_AT_ONCE) -> None:
         num_reads = 0
