@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from mamba_core.bases import PreTrainedConfig
 
 # names that mean the same thing elsewhere: flash-linear-attention's and the paper's code to transformers'
 _ALIASES = {

@@ -7,9 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from mamba_core import ops
+from mamba_core.bases import init
 from mamba_core.configuration_mamba import MambaConfig
 from mamba_core.ops import Packing
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from mamba_core.bases import (
     BaseModelOutputWithPast,
@@ -17,6 +16,7 @@ from mamba_core.bases import (
     GenerationMixin,
     GradientCheckpointingLayer,
     PreTrainedModel,
+    init,
 )
 from mamba_core.cache import MambaCache
 from mamba_core.configuration_mamba import FalconMambaConfig, MambaConfig

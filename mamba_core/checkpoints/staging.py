@@ -3,7 +3,8 @@
 A file in the page cache is read at the speed of one core's memcpy, a fraction of what the bus to a GPU takes, so that
 several cores read at once, each into pinned memory of its own, from where the device copies while the next piece is
 read. Staging takes NUM_READERS * 2 * PIECE_BYTES = 128 MiB of the host's memory, and as much of the device's where
-dtypes are converted, however large the checkpoint is; beside it there are the tensors themselves, once.
+dtypes are converted, however large the checkpoint is; beside it there are the tensors themselves, once. torch keeps the
+pinned memory for later transfers.
 """
 
 from __future__ import annotations
