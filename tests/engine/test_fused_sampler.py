@@ -377,6 +377,7 @@ def test_logits_are_loaded_by_sixteen_bytes_and_no_stride_is_compiled_for(compil
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_graph_draws_what_a_call_draws() -> None:
     gpu, num_rows = torch.device("cuda"), 64
     params = [EVERYTHING[row % len(EVERYTHING)] for row in range(num_rows)]
