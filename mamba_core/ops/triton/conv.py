@@ -18,10 +18,9 @@ from mamba_core.ops.triton.conv_backward_kernels import (
 from mamba_core.ops.triton.conv_kernels import conv_kernel, conv_step_kernel
 from mamba_core.ops.triton.layout import as_rows, check_state
 
-# a warp walks down a strip of tokens, eight channels a lane: wide loads, and each input is read once
+# a warp walks down a strip of tokens, four channels a lane, and reads each input once
 _STRIPS = 4
 _STRIP = 8
-_STRIP_BLOCK_D = 256
 _BLOCK_T = 16
 _BLOCK_D = 128
 _WARPS = 4
@@ -45,7 +44,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, pack
     dim, width = weight.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     strips = triton.cdiv(packing.num_tokens, _STRIPS * _STRIP)
-    conv_kernel[(packing.num_rows + strips, triton.cdiv(dim, _STRIP_BLOCK_D))](
+    conv_kernel[(packing.num_rows + strips, triton.cdiv(dim, _BLOCK_D))](
         x,
         weight,
         weight if bias is None else bias,
@@ -64,7 +63,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, pack
         HAS_BIAS=bias is not None,
         STRIPS=_STRIPS,
         STRIP=_STRIP,
-        BLOCK_D=_STRIP_BLOCK_D,
+        BLOCK_D=_BLOCK_D,
         num_warps=_WARPS,
     )
     return y
