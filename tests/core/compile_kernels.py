@@ -14,11 +14,13 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 TARGET = GPUTarget("cuda", 90, 32)
 NUM_STATES, WIDTH = 16, 4
 SCAN = {"N": NUM_STATES, "BLOCK_N": 16, "ALIGN": 8}
 CONV = {"K": WIDTH, "HAS_BIAS": True, "BLOCK_D": 128}
+TILES = {"N": NUM_STATES, "ALIGN": 16, "CHECKPOINT": 16, "WARPS": 1, "TILE": 8, "LONG": False}
 NORM = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "ROWS": 4, "BLOCK_H": 512}
 
 # module, kernel, constants, warps
@@ -27,9 +29,12 @@ KERNELS: list[tuple[str, str, dict[str, Any], int]] = [
     ("scan_kernels", "scan_kernel", SCAN | {"BLOCK_D": 64, "CHECKPOINT": 16, "SEGMENTED": True}, 2),
     ("scan_kernels", "scan_segment_kernel", SCAN | {"BLOCK_D": 64}, 2),
     ("scan_kernels", "scan_carry_kernel", {"N": NUM_STATES, "BLOCK": 128}, 4),
+    ("scan_tile_kernels", "scan_tile_kernel", TILES | {"GROUPS": 1, "STATES": 16, "CHANNELS": 1, "WORK": 0}, 1),
+    ("scan_tile_kernels", "scan_tile_kernel", TILES | {"GROUPS": 4, "STATES": 4, "CHANNELS": 2, "WORK": 1}, 1),
+    ("scan_tile_kernels", "scan_tile_kernel", TILES | {"GROUPS": 4, "STATES": 4, "CHANNELS": 2, "WORK": 2}, 1),
     ("scan_kernels", "scan_step_kernel", {"N": NUM_STATES, "BLOCK_N": 16, "BLOCK_D": 64}, 4),
     ("scan_backward_kernels", "scan_backward_kernel", SCAN | {"BLOCK_D": 32, "CHECKPOINT": 16}, 1),
-    ("conv_kernels", "conv_kernel", CONV | {"STRIPS": 4, "STRIP": 8, "BLOCK_D": 256}, 4),
+    ("conv_kernels", "conv_kernel", CONV | {"STRIPS": 4, "STRIP": 8}, 4),
     ("conv_kernels", "conv_step_kernel", CONV, 4),
     ("conv_backward_kernels", "conv_backward_weight_kernel", CONV | {"BLOCK_K": 4, "BLOCK_T": 16}, 4),
     ("conv_backward_kernels", "conv_backward_head_kernel", CONV | {"BLOCK_K": 4}, 4),
@@ -62,7 +67,8 @@ def source_of(kernel: Any, constants: dict[str, Any], state: str) -> ASTSource:
             signature[name] = "fp32" if name == "eps" else "i32"
         if name != "eps" and name not in UNALIGNED:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return source(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
 
 
 def compile_all() -> Iterator[dict[str, Any]]:

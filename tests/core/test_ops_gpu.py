@@ -34,19 +34,69 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     poison_memory(monkeypatch)
 
 
+def check_scan(case: ScanCase, tolerance: float, state_tolerance: float = 1e-5) -> None:
+    state, expected_state = case.state.clone(), case.state.float()
+    y = case.run(ops, state)
+    expected = case.in_float32().run(reference, expected_state)
+    assert error_ratio(y, expected) < tolerance
+    slots = case.packing.slots
+    assert error_ratio(state[slots], expected_state[slots]) < state_tolerance
+    others = untouched(case.packing)
+    assert torch.equal(state[others], case.state[others])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("lengths", [[63], [500], [1], UNEVEN], ids=str)
 @pytest.mark.parametrize(("num_channels", "num_states"), [(64, 16), (1536, 16), (1536 + 16, 16), (97, 5)])
 def test_scan(lengths: list[int], num_channels: int, num_states: int, dtype: torch.dtype) -> None:
-    case = make_scan(lengths, num_channels, num_states, dtype, "cuda")
-    state, expected_state = case.state.clone(), case.state.clone()
-    y = ops.selective_scan(**case.inputs, state=state, packing=case.packing)
-    expected = case.in_float32().run(reference, expected_state)
-    assert error_ratio(y, expected) < TOLERANCE[dtype]
-    slots = case.packing.slots
-    assert error_ratio(state[slots], expected_state[slots]) < 1e-5
-    others = untouched(case.packing)
-    assert torch.equal(state[others], case.state[others])
+    check_scan(make_scan(lengths, num_channels, num_states, dtype, "cuda"), TOLERANCE[dtype])
+
+
+# every one that is chosen, cut up or not, and the plain kernels
+TILINGS = [
+    *((tiling, False) for tiling in triton_scan._TILINGS.values()),
+    (triton_scan._SEGMENT_TILING, True),
+    (triton_scan.Tiling(1, 1, 1, 4), True),
+    (triton_scan.Tiling(8, 2, 4, 16), True),
+    None,
+]
+
+
+@pytest.fixture
+def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param is None:
+        monkeypatch.setattr(triton_scan, "has_tiles", lambda *_: False)
+        return
+    tiling, is_cut_up = request.param
+    monkeypatch.setattr(triton_scan, "_TILINGS", {0: tiling})
+    monkeypatch.setattr(triton_scan, "_SEGMENT_TILING", tiling)
+    monkeypatch.setattr(triton_scan, "_FEW_STREAMS", 10**9 if is_cut_up else 0)
+    monkeypatch.setattr(triton_scan, "_WANTED_STREAMS", 10**9)
+    monkeypatch.setattr(triton_scan, "_FEWEST_SEGMENTS", 2)
+    monkeypatch.setattr(triton_scan, "_LEAST_TILED_SEGMENT", 16)
+
+
+@pytest.mark.usefixtures("tiling")
+@pytest.mark.parametrize("tiling", TILINGS, ids=str, indirect=True)
+@pytest.mark.parametrize("lengths", [[63], [1], UNEVEN], ids=str)
+@pytest.mark.parametrize(("num_channels", "num_states"), [(64, 16), (1536 + 16, 16), (97, 5), (33, 64)])
+def test_every_tiling_of_the_scan(lengths: list[int], num_channels: int, num_states: int) -> None:
+    check_scan(make_scan(lengths, num_channels, num_states, torch.bfloat16, "cuda"), TOLERANCE[torch.bfloat16])
+    check_scan(make_scan(lengths, num_channels, num_states, device="cuda"), TOLERANCE[torch.float32])
+    narrow = make_scan(lengths, num_channels, num_states, device="cuda", state_dtype=torch.bfloat16)
+    check_scan(narrow, TOLERANCE[torch.float32], state_tolerance=4e-3)
+
+
+@pytest.mark.usefixtures("tiling")
+@pytest.mark.parametrize("tiling", TILINGS, ids=str, indirect=True)
+@pytest.mark.parametrize(("num_channels", "num_states"), [(64, 16), (97, 5)])
+def test_gradients_of_every_tiling(num_channels: int, num_states: int) -> None:
+    test_scan_gradients(UNEVEN, num_channels, num_states, torch.float32)
+
+
+def test_offsets_of_more_than_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_scan, "_MOST_IN_32_BITS", 0)
+    check_scan(make_scan(UNEVEN, 1536 + 16, 16, torch.bfloat16, "cuda"), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -155,6 +205,7 @@ def test_other_state_sizes(num_states: int) -> None:
 def test_a_long_sequence_in_segments_equals_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_scan([5000, 1234], 256, 16, device="cuda")
     states, outputs = [], []
+    monkeypatch.setattr(triton_scan, "has_tiles", lambda *_: False)
     for enough in (1 << 30, 0):
         monkeypatch.setattr(triton_scan, "_ENOUGH_PROGRAMS", enough)
         states.append(case.state.clone())

@@ -219,6 +219,36 @@ def test_many_sequences_are_not_cut_up() -> None:
     assert triton_scan.segment_length(make_packing([4096], "cpu"), 1536) < 4096
 
 
+@pytest.mark.parametrize("num_states", [1, 2, 5, 16, 17, 64, 256])
+@pytest.mark.parametrize("lengths", [[1], [4096], [4096, 0, 1], [30] * 256, [100_000]])
+def test_tilings_hold_every_state_and_token_once(lengths: list[int], num_states: int) -> None:
+    packing = make_packing(lengths, "cpu", num_slots=300)
+    for num_channels in (1, 96, 1536, 5120):
+        tiling, length = triton_scan.choose_tiling(packing, num_channels, num_states)
+        states = triton_scan.states_per_lane(tiling, num_states)
+        assert tiling.groups * states >= num_states
+        assert tiling.groups <= 16
+        assert states <= 16
+        # every lane of a channel takes as many tokens of a tile
+        assert tiling.tile % tiling.groups == 0
+        assert length >= 1
+        # checkpoints lie on tiles
+        assert length == packing.max_seqlen or length % tiling.tile == 0
+
+
+def test_few_channels_are_shared_out_among_more_lanes_and_segments() -> None:
+    def plan(lengths: list[int], num_channels: int) -> tuple[int, int]:
+        tiling, length = triton_scan.choose_tiling(make_packing(lengths, "cpu", num_slots=300), num_channels, 16)
+        return tiling.groups, length
+
+    assert plan([2048] * 256, 1536) == (1, 2048)
+    groups, length = plan([2048], 1536)
+    assert groups > 1
+    assert length < 2048
+    # what is long beside short ones has the machine to itself
+    assert plan([2048, 1, 2], 1536) == (groups, length)
+
+
 def test_state_of_scattered_slots_is_refused(backend: Backend) -> None:
     if backend.ops is cpu:
         pytest.skip("torch indexes any strides")

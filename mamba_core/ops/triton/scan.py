@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mamba_core.ops.packing import Packing
 from mamba_core.ops.triton.layout import as_rows, check_state
 from mamba_core.ops.triton.scan_backward_kernels import scan_backward_kernel
 from mamba_core.ops.triton.scan_kernels import scan_carry_kernel, scan_kernel, scan_segment_kernel, scan_step_kernel
+from mamba_core.ops.triton.scan_tile_kernels import ADDED, OUTPUTS, WHOLE, scan_tile_kernel
 
 # one channel per thread: the kernels' layout needs block = 32 * warps
 _WARPS = 2
@@ -29,6 +31,10 @@ _CHECKPOINT = 16
 _ENOUGH_PROGRAMS = 512
 _WANTED_PROGRAMS = 2048
 _LEAST_SEGMENT = 32
+# sixteen lanes to a channel, sixteen states to a lane
+_MOST_STATES_IN_TILES = 256
+# with room for the tokens of a tile past the end
+_MOST_IN_32_BITS = 2**31 - 2**24
 # rows walked at once in the backward pass: bounds the scratch memory
 _BACKWARD_ROWS = 256
 
@@ -69,6 +75,9 @@ def _forward(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing, checkp
     x, dt, A, B, C, D, z, dt_bias = inputs
     dim, num_states = A.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if has_tiles(x, num_states):
+        _forward_in_tiles(inputs, y, state, packing, checkpoint)
+        return y
     length = segment_length(packing, dim)
     segments = triton.cdiv(packing.max_seqlen, length)
     entry = _segment_entries(inputs, state, packing, segments, length) if segments > 1 else y
@@ -108,6 +117,125 @@ def _forward(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing, checkp
         num_warps=_WARPS,
     )
     return y
+
+
+def has_tiles(x: Tensor, num_states: int) -> bool:
+    """Whether ``scan_tile_kernel`` serves: it is written for warps of 32 lanes, and cannot be interpreted."""
+    on_nvidia = x.is_cuda and torch.version.hip is None and not triton.knobs.runtime.interpret
+    return on_nvidia and num_states <= _MOST_STATES_IN_TILES
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How ``scan_tile_kernel`` shares out its work: lanes per channel, channels per lane, warps per program, tokens
+    taken at a time."""
+
+    groups: int
+    channels: int
+    warps: int
+    tile: int
+
+
+# by the channels at work at once from which on they serve best
+_TILINGS = {45056: Tiling(1, 1, 1, 4), 16384: Tiling(2, 1, 1, 8), 0: Tiling(4, 1, 1, 16)}
+# and for what is cut up into segments, up to how many channels at once, to how many, into how many parts
+_SEGMENT_TILING = Tiling(4, 2, 1, 8)
+_FEW_STREAMS = 6144
+_WANTED_STREAMS = 40960
+_FEWEST_SEGMENTS, _MOST_SEGMENTS = 4, 16
+_LEAST_TILED_SEGMENT = 64
+
+
+def choose_tiling(packing: Packing, dim: int, num_states: int) -> tuple[Tiling, int]:
+    """A tiling, and the tokens of a segment: the longest sequence's unless channels are few and sequences long.
+
+    As few lanes per channel as fill the machine, since each more costs additions and exchange; segments cost every
+    exponential twice, so that two or three of them gain nothing.
+    """
+    # channels of all sequences at work at once, on average until the longest is done
+    streams = dim * packing.num_tokens / packing.max_seqlen
+    segments = min(round(_WANTED_STREAMS / streams), _MOST_SEGMENTS, packing.max_seqlen // _LEAST_TILED_SEGMENT)
+    if streams < _FEW_STREAMS and segments >= _FEWEST_SEGMENTS:
+        tiling = _with_room(_SEGMENT_TILING, num_states)
+        return tiling, triton.cdiv(triton.cdiv(packing.max_seqlen, segments), tiling.tile) * tiling.tile
+    tiling = next(tiling for least, tiling in _TILINGS.items() if streams >= least)
+    return _with_room(tiling, num_states), packing.max_seqlen
+
+
+def _with_room(tiling: Tiling, num_states: int) -> Tiling:
+    """The tiling, or one like it whose lanes have one state at least and no more than their registers hold."""
+    block_n = triton.next_power_of_2(num_states)
+    groups = min(max(tiling.groups, block_n // 16), block_n)
+    return tiling if groups == tiling.groups else Tiling(groups, 1, 1, max(groups, 4))
+
+
+def states_per_lane(tiling: Tiling, num_states: int) -> int:
+    return int(triton.next_power_of_2(num_states)) // tiling.groups
+
+
+def _forward_in_tiles(
+    inputs: tuple[Tensor, ...], y: Tensor, state: Tensor, packing: Packing, checkpoint: Tensor | None
+) -> None:
+    x, _, A, *_ = inputs
+    dim, num_states = A.shape
+    tiling, length = choose_tiling(packing, dim, num_states)
+    segments = triton.cdiv(packing.max_seqlen, length)
+    launch = _TileLaunch(inputs, y, state, packing, checkpoint, tiling, segments, length)
+    if segments == 1:
+        launch(WHOLE.value, y, y)
+        return
+    items = packing.num_rows * segments
+    entry = torch.empty((items, num_states, dim), dtype=torch.float32, device=x.device)
+    total = torch.empty((items, dim), dtype=torch.float32, device=x.device)
+    launch(ADDED.value, entry, total)
+    launch(OUTPUTS.value, entry, total)
+
+
+@dataclass(frozen=True, slots=True)
+class _TileLaunch:
+    """A call of ``scan_tile_kernel`` but for which part of the work, and what passes between the parts."""
+
+    inputs: tuple[Tensor, ...]
+    y: Tensor
+    state: Tensor
+    packing: Packing
+    checkpoint: Tensor | None
+    tiling: Tiling
+    segments: int
+    length: int
+
+    def __call__(self, work: int, entry: Tensor, total: Tensor) -> None:
+        x, dt, A, B, C, _, z, _ = self.inputs
+        dim, num_states = A.shape
+        strides = (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), z.stride(0), self.y.stride(0))
+        tiling, packing = self.tiling, self.packing
+        block_d = tiling.channels * tiling.warps * 32 // tiling.groups
+        scan_tile_kernel[(packing.num_rows * self.segments, triton.cdiv(dim, block_d))](
+            *self.inputs,
+            self.y,
+            self.state,
+            entry,
+            total,
+            self.y if self.checkpoint is None else self.checkpoint,
+            packing.slots,
+            packing.cu_seqlens,
+            *strides,
+            self.state.stride(0),
+            dim,
+            self.segments,
+            self.length,
+            N=num_states,
+            GROUPS=tiling.groups,
+            STATES=states_per_lane(tiling, num_states),
+            CHANNELS=tiling.channels,
+            WARPS=tiling.warps,
+            TILE=tiling.tile,
+            ALIGN=math.gcd(B.stride(0), C.stride(0), 16),
+            CHECKPOINT=0 if self.checkpoint is None else _CHECKPOINT,
+            WORK=work,
+            LONG=self.length * max(strides) + dim > _MOST_IN_32_BITS,
+            num_warps=tiling.warps,
+        )
 
 
 def _segment_entries(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing, segments: int, length: int) -> Tensor:
