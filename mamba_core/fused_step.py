@@ -36,6 +36,8 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
     counters: [MAX_TILES] int32 zeros, which are zero again afterwards; no two steps may use them at once.
     """
     layers = cast(list[MambaBlock], model.layers)
+    # made, where they have to be made, before the first kernel: the others read them while their predecessor still runs
+    decays = [layer.mixer.A() for layer in layers]
     step = ops.Step(slots, counters, model.norm_f.eps)
     residual, gained = ops.embed(step, tokens, model.embeddings.weight, layers[0].norm.weight)
     for index, layer in enumerate(layers):
@@ -45,7 +47,15 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
         xz = ops.project_in(step, gained, mixer.in_proj.weight, mixer.in_proj.bias, taps, mixer.conv1d.bias, conv_state)
         low = ops.project_low(step, xz, mixer.x_proj.weight)
         y = ops.advance(
-            step, xz, low, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A(), mixer.D, ssm_state, mixer.inner_norm_eps
+            step,
+            xz,
+            low,
+            mixer.dt_proj.weight,
+            mixer.dt_proj.bias,
+            decays[index],
+            mixer.D,
+            ssm_state,
+            mixer.inner_norm_eps,
         )
         norm = layers[index + 1].norm if index + 1 < len(layers) else model.norm_f
         gained = ops.project_out(step, y, mixer.out_proj.weight, mixer.out_proj.bias, norm.weight, residual)

@@ -1,0 +1,80 @@
+"""Compile the kernels of a fused step for a Hopper GPU, as ``compile_kernels`` does for those of the ops."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.compiler import ASTSource
+
+from mamba_core.ops.triton import step_kernels
+from tests.core.compile_kernels import TARGET
+
+ROWS = {"ROWS": 2, "BLOCK_R": 2, "BLOCK_N": 4, "BLOCK_K": 512, "STEPS": 5, "EXACT": True}
+TILE = {"BLOCK_B": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EVEN": True}
+IN = {"K": 4, "HAS_BIAS": False, "HAS_CONV_BIAS": True}
+LOW = {"R": 160, "BLOCK_R": 256, "NORM": True}
+STATES = {"N": 16, "BLOCK_N": 16, "BLOCK_D": 32}
+
+# kernel and constants; all with PDL, which has instructions of its own
+KERNELS: list[tuple[str, dict[str, Any]]] = [
+    ("embed_kernel", {"BLOCK_H": 4096}),
+    ("matvec_in_kernel", IN | ROWS | {"PARTS": 640, "BLOCK_P": 1024, "X_ROW": 1}),
+    (
+        "matvec_in_kernel",
+        ROWS | {"K": 0, "HAS_BIAS": False, "HAS_CONV_BIAS": False, "PARTS": 0, "BLOCK_P": 1, "X_ROW": 2},
+    ),
+    ("matvec_out_kernel", ROWS | {"HAS_BIAS": True}),
+    ("product_in_kernel", IN | TILE),
+    ("product_shared_kernel", TILE | {"SHARE": 640, "SHARES": 8, "SUM": True}),
+    ("finish_kernel", {"PARTS": 640, "BLOCK_P": 1024, "ROWS": 2, "BLOCK_H": 4096}),
+    ("gather_kernel", {"SHARES": 8, "HAS_BIAS": False, "BLOCK_H": 4096}),
+    ("delta_kernel", LOW | {"WIDTH": 192, "BLOCK_B": 16, "BLOCK_D": 64}),
+    ("advance_kernel", LOW | STATES | {"OWN_DELTA": True, "RAW_DELTA": False}),
+    ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True}),
+]
+POINTERS = {
+    **dict.fromkeys(("slots_ptr", "tokens_ptr"), "*i64"),
+    **dict.fromkeys(("squares_ptr", "residual_ptr", "low_ptr", "delta_ptr", "a_ptr", "d_ptr", "share_ptr"), "*fp32"),
+    "count_ptr": "*i32",
+}
+
+
+def source_of(kernel: Any, constants: dict[str, Any]) -> ASTSource:
+    """The kernel for bf16 weights, pointers and all integers but the number of rows divisible by 16."""
+    signature, attributes, values = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(index,)] = constants[name]
+        elif name.endswith("_ptr"):
+            is_ssm = name == "state_ptr" and "advance" in kernel.__name__
+            signature[name] = "*fp32" if is_ssm else POINTERS.get(name, "*bf16")
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if name not in ("eps", "num_rows") and name not in constants:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+
+
+def compile_all() -> Iterator[dict[str, Any]]:
+    for name, constants in KERNELS:
+        kernel = getattr(step_kernels, name)
+        source = source_of(kernel, constants | {"PDL": True})
+        compiled = triton.compile(source, target=TARGET, options={"num_warps": 4, "launch_pdl": True})
+        assembly = compiled.asm["ptx"]
+        yield {
+            "kernel": name,
+            "cubin_bytes": len(compiled.asm["cubin"]),
+            "waits": assembly.count("griddepcontrol.wait"),
+            "launches": assembly.count("griddepcontrol.launch_dependents"),
+            "has_matrix_instructions": "mma" in assembly,
+            "specialised": [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)],
+        }
+
+
+if __name__ == "__main__":
+    for line in compile_all():
+        print(json.dumps(line), flush=True)  # noqa: T201  the output is the result

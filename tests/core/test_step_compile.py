@@ -1,0 +1,52 @@
+"""The kernels of a fused step compile for the GPU they are meant for, and each waits for the one before it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mamba_core.ops.triton import step_kernels
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """One record per kernel, from a process that compiles where this one interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "tests.core.compile_step_kernels"]
+    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
+    written = {name for name, _ in inspect.getmembers(step_kernels) if name.endswith("_kernel")}
+    assert {record["kernel"] for record in compiled} == written
+    assert all(record["cubin_bytes"] > 0 for record in compiled)
+
+
+def test_every_kernel_waits_once_for_its_predecessor(compiled: list[dict[str, Any]]) -> None:
+    # one that did not would end before its predecessor, and let its successor read too early
+    assert {(record["waits"], record["launches"]) for record in compiled} == {(1, 1)}
+
+
+def test_products_of_several_rows_use_the_matrix_units(compiled: list[dict[str, Any]]) -> None:
+    products = {record["kernel"]: record["has_matrix_instructions"] for record in compiled}
+    assert [name for name, has in products.items() if has] == [
+        "product_in_kernel",
+        "product_shared_kernel",
+        "delta_kernel",
+    ]
+
+
+def test_no_number_of_rows_is_compiled_for(compiled: list[dict[str, Any]]) -> None:
+    assert not [record["kernel"] for record in compiled if "num_rows" in record["specialised"]]
