@@ -22,8 +22,8 @@ DEFAULT_PREFILL_BUDGET = {"cpu": 512, "cuda": 8192}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# short enough to be scanned whole, long enough to be scanned in segments
-_WARM_UP_LENGTHS = (32, 256)
+# prompts that arrive together and their length: on a GPU few and many, short and long are scanned by kernels of their own
+_WARM_UPS = {"cpu": ((1, 32), (1, 256)), "cuda": ((1, 32), (1, 512), (4, 24), (12, 24), (64, 24))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +79,22 @@ def build_engine(model: MambaForCausalLM, config: EngineConfig, placement: Place
     with stage("getting ready for the first steps"):
         runner.start()
     with stage("warming up"):
-        warm_up(Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget), vocab_size)
+        trial = Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget)
+        warm_up(trial, vocab_size, _WARM_UPS[device.type])
     engine = Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget)
     return engine, _describe(model, placement, num_slots, cache.bytes_per_slot)
 
 
-def warm_up(engine: Engine, vocab_size: int) -> None:
-    """Make the first steps, so that what is compiled or allocated once is so before the first request."""
+def warm_up(engine: Engine, vocab_size: int, batches: tuple[tuple[int, int], ...]) -> None:
+    """Make the first steps, so that what is compiled or allocated once is so before the first request.
+
+    batches: numbers of prompts that are taken together, and their lengths.
+    """
     sampling = SamplingParams(top_p=0.9, logprobs=0)
-    for length in _WARM_UP_LENGTHS:
+    for num_prompts, length in batches:
         prompt = tuple(index % vocab_size for index in range(length))
-        engine.submit(GenerationRequest("warm-up", prompt, sampling, max_tokens=2))
+        for number in range(min(num_prompts, engine.stats.num_slots)):
+            engine.submit(GenerationRequest(f"warm-up-{number}", prompt, sampling, max_tokens=2))
         while engine.has_work:
             for event in engine.step():
                 if getattr(event, "error", None):
