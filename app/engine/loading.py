@@ -22,7 +22,7 @@ DEFAULT_PREFILL_BUDGET = {"cpu": 512, "cuda": 8192}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# prompts that arrive together and their length: on a GPU few and many, short and long are scanned by kernels of their own
+# prompts that arrive together, and their length: on a GPU few and many, short and long have kernels of their own
 _WARM_UPS = {"cpu": ((1, 32), (1, 256)), "cuda": ((1, 32), (1, 512), (4, 24), (12, 24), (64, 24))}
 
 
