@@ -52,6 +52,21 @@ def embed_kernel(
 
 
 @triton.jit
+def shift_state(home, newest, mask, K: tl.constexpr):
+    """Move the K-1 inputs at ``home`` on by one, once every thread of the program has read them.
+
+    Several threads may hold the same element of a small tile, and one that is late must not read what has been moved.
+    """
+    columns = ()
+    for j in tl.static_range(1, K - 1):
+        columns += (tl.load(home + j, mask=mask, other=0.0),)
+    tl.debug_barrier()
+    for j in tl.static_range(1, K - 1):
+        tl.store(home + j - 1, columns[j - 1], mask=mask)
+    tl.store(home + K - 2, newest, mask=mask)
+
+
+@triton.jit
 def fetch_rows(w_ptr, n, in_width, out_width, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, EXACT: tl.constexpr):
     """Rows n of W [out, in], which are STEPS <= 5 tiles [BLOCK_N, BLOCK_K] wide, all on their way at once.
 
@@ -167,8 +182,6 @@ def matvec_in_kernel(
             for j in tl.static_range(K - 1):
                 old = tl.load(home + j, mask=mask_r[None, :], other=0.0)
                 past += old.to(tl.float32) * tl.load(taps_ptr + n * K + j).to(tl.float32)[:, None]
-                if j > 0:
-                    tl.store(home + j - 1, old, mask=mask_r[None, :])
             newest = tl.load(taps_ptr + n * K + K - 1).to(tl.float32)
     await_inputs(PDL)
     y = multiply_rows(
@@ -184,7 +197,7 @@ def matvec_in_kernel(
     if K > 0:  # noqa: SIM102  known to the compiler, the other is not
         if is_convolved:
             kept = y.to(state_ptr.dtype.element_ty)
-            tl.store(home + K - 2, kept, mask=mask_r[None, :])
+            shift_state(home, kept, mask_r[None, :], K)
             y = past + kept.to(tl.float32) * newest[:, None]
             y = y * sigmoid(y)
     y_ptrs = y_ptr + r.to(tl.int64)[None, :] * out_width + n[:, None]
@@ -227,6 +240,8 @@ def matvec_out_kernel(
     )
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    # every thread has read what was there, also one that holds an element beside others
+    tl.debug_barrier()
     tl.store(residual_ptr + at, y, mask=mask)
     tl.store(gained_ptr + at, (y * gain[:, None]).to(gained_ptr.dtype.element_ty), mask=mask)
     squares = tl.sum(tl.where(mask, y * y, 0.0), axis=0)
@@ -314,9 +329,7 @@ def product_in_kernel(
             for j in tl.static_range(K - 1):
                 old = tl.load(home + j, mask=mask_b[None, :], other=0.0)
                 acc += old.to(tl.float32) * tl.load(taps_ptr + n * K + j).to(tl.float32)[:, None]
-                if j > 0:
-                    tl.store(home + j - 1, old, mask=mask_b[None, :])
-            tl.store(home + K - 2, kept, mask=mask_b[None, :])
+            shift_state(home, kept, mask_b[None, :], K)
             acc = acc * sigmoid(acc)
     tl.store(y_ptr + b.to(tl.int64)[None, :] * out_width + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -423,8 +436,10 @@ def gather_kernel(
     v += tl.load(residual_ptr + row * width + h, mask=mask, other=0.0)
     for share in tl.static_range(SHARES):
         v += tl.load(x_ptr + (share * num_rows + row) * width + h, mask=mask, other=0.0).to(tl.float32)
-    tl.store(residual_ptr + row * width + h, v, mask=mask)
     scale = 1.0 / tl.sqrt(tl.sum(v * v, axis=0) / width + eps)
+    # every thread has read what was there, also one that holds an element beside others
+    tl.debug_barrier()
+    tl.store(residual_ptr + row * width + h, v, mask=mask)
     tl.store(normed_ptr + row * width + h, (v * scale * gain).to(normed_ptr.dtype.element_ty), mask=mask)
 
 
@@ -529,7 +544,9 @@ def advance_kernel(
         if RAW_DELTA:
             delta = softplus(delta + bias)
     h = tl.exp2(delta[:, None] * a) * h + (delta * x)[:, None] * b[None, :]
-    tl.store(home, h.to(state_ptr.dtype.element_ty), mask=mask)
     y = tl.sum(h * c[None, :], axis=1) + skip * x
     y = y * (z * sigmoid(z))
+    # every thread has read what was there, also one that holds an element beside others
+    tl.debug_barrier()
+    tl.store(home, h.to(state_ptr.dtype.element_ty), mask=mask)
     tl.store(y_ptr + row * dim + d, y.to(y_ptr.dtype.element_ty), mask=mask_d)
