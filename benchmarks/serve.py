@@ -150,7 +150,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-requests", type=int, help="requests per line; 4 times the concurrency when not given")
     parser.add_argument("--processes", type=int, default=4, help="client processes, at most one per stream")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--max-token-id", type=int, default=250, help="prompts are random ids from 1 to this one")
+    parser.add_argument("--max-token-id", type=int, default=250, help="prompts are random ids from 16 to this one")
     parser.add_argument("--warmup", type=int, default=1, help="requests per stream that are not measured")
     parser.add_argument("--intruder-tokens", type=int, help="prompt of one more request while the streams run")
     parser.add_argument("--intruder-after", type=float, default=1.0, help="seconds after which it comes")

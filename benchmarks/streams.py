@@ -29,6 +29,8 @@ _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 # one with the usage, one that says [DONE]
 _EVENTS_WITHOUT_TOKENS = 2
 _OTHER_FILES = 64
+# below are the special tokens of most tokenizers, which a model may repeat and which have no text
+_LEAST_TOKEN_ID = 16
 _LEAST_EVENTS = 8
 
 
@@ -173,7 +175,7 @@ def request_bytes(load: Load, dice: random.Random) -> bytes:
     body = json.dumps(
         {
             "model": load.model,
-            "prompt": [dice.randint(1, load.max_token_id) for _ in range(load.num_prompt_tokens)],
+            "prompt": [dice.randint(_LEAST_TOKEN_ID, load.max_token_id) for _ in range(load.num_prompt_tokens)],
             "max_tokens": load.max_tokens,
             "temperature": load.temperature,
             "ignore_eos": True,
