@@ -321,6 +321,24 @@ def test_a_share_is_not_cut_for_what_every_share_costs() -> None:
     assert max(sizes) <= 2048
 
 
+def test_what_several_prompts_cost_together_says_nothing_about_one_long_prompt() -> None:
+    scheduler = Scheduler(64, 8192)
+    for index in range(40):
+        scheduler.add(request(f"row{index}", length=32, max_tokens=10**6))
+    while scheduler.num_waiting or not scheduler._running:
+        plan = scheduler.plan()
+        # launched one operation after the other: 20 ms whatever their number
+        scheduler.commit(plan, dataclasses.replace(carry_out(plan), prefill_seconds=0.02, decode_seconds=1e-3))
+    scheduler.add(request("long", length=100_000))
+    sizes = []
+    for _ in range(30):
+        plan = scheduler.plan()
+        sizes.append(plan.num_prefill_tokens)
+        scheduler.commit(plan, answer(plan, 4e-6, 1e-3))
+    # 250 tokens take as long as the rows
+    assert sizes[10:] == [256] * 20
+
+
 def test_a_burst_of_prompts_is_taken_at_once_though_rows_run() -> None:
     scheduler = Scheduler(300, 8192)
     start_rows(scheduler, 10)
