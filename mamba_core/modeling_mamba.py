@@ -244,7 +244,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
         """Hidden states [*, H] -> logits [*, V] in fp32, the products in the weights' dtype."""
         weight = self.lm_head.weight
         hidden = hidden.to(weight.dtype)
-        if hidden.is_cuda and not torch.is_grad_enabled():
+        if hidden.is_cuda and weight.dtype.itemsize == 2 and not torch.is_grad_enabled():
             # what the matrix units have summed in fp32 is not rounded on its way out
             from mamba_core.ops.triton.step import project_head
 

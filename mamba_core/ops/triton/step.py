@@ -191,39 +191,10 @@ def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
     rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
     if rows > _FEW_ROWS:
         return torch.mm(xz[:, :dim], weight.T)
+    if rows <= _VERY_FEW_ROWS:
+        return _multiply_rows(xz, weight, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
     y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
-    if rows > _VERY_FEW_ROWS:
-        block_n = 64 if dim >= 4096 else 16
-        _share_out(step, xz, weight, block_n, 16, y)
-        return y
-    matvec_in_kernel[(width,)](
-        xz,
-        xz,
-        weight,
-        weight,
-        weight,
-        weight,
-        y,
-        xz,
-        step.slots,
-        dim,
-        width,
-        0,
-        0,
-        0.0,
-        K=0,
-        PARTS=0,
-        BLOCK_P=1,
-        HAS_BIAS=False,
-        HAS_CONV_BIAS=False,
-        ROWS=rows,
-        BLOCK_R=triton.next_power_of_2(rows),
-        BLOCK_N=1,
-        X_ROW=2,
-        num_warps=8 if dim >= 4096 else 4,
-        **_tiles(dim),
-        **_launch(weight.device),
-    )
+    _share_out(step, xz, weight, 64 if dim >= 4096 else 16, 16, y)
     return y
 
 
@@ -347,24 +318,27 @@ def finish(step: Step, x: Gained) -> Tensor:
 
 
 def project_head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits [B, V] fp32 of hidden [B, H]; weight [V, H]."""
-    rows, (width, size) = hidden.shape[0], (weight.shape[0], weight.shape[1])
+    """Logits [B, V] fp32 of hidden [B, H]; weight [V, H]; both bf16 or fp16."""
+    rows = hidden.shape[0]
     if rows == 0 or rows > _VERY_FEW_ROWS:
-        if weight.dtype == torch.float32:
-            return hidden @ weight.T
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    hidden = hidden.contiguous()
+    return _multiply_rows(hidden.contiguous(), weight, rows, x_row=1, block=4, warps=2 * rows)
+
+
+def _multiply_rows(x: Tensor, weight: Tensor, rows: int, *, x_row: int, block: int, warps: int) -> Tensor:
+    """x W^T [B, out] fp32 of very few rows, which lie ``x_row`` times their width apart; weight [out, in]."""
+    width, size = weight.shape
     y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
-    matvec_in_kernel[(triton.cdiv(width, 4),)](
-        hidden,
-        hidden,
+    matvec_in_kernel[(triton.cdiv(width, block),)](
+        x,
+        x,
         weight,
         weight,
         weight,
         weight,
         y,
-        hidden,
-        hidden,
+        x,
+        x,
         size,
         width,
         0,
@@ -377,9 +351,9 @@ def project_head(hidden: Tensor, weight: Tensor) -> Tensor:
         HAS_CONV_BIAS=False,
         ROWS=rows,
         BLOCK_R=triton.next_power_of_2(rows),
-        BLOCK_N=4,
-        X_ROW=1,
-        num_warps=2 * rows,
+        BLOCK_N=block,
+        X_ROW=x_row,
+        num_warps=warps,
         **_tiles(size),
         **_launch(weight.device),
     )
