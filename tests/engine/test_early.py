@@ -24,8 +24,19 @@ GONE = (sys.executable, "-c", "")
 ORPHAN = "import app.engine.early as early; print(early.EarlyProcess()._process.pid, flush=True); {}"
 
 
+# children that other tests have left, such as multiprocessing's tracker of resources, which stays to the end
+OTHERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def _note_other_children() -> None:
+    OTHERS.clear()
+    OTHERS.update(child.pid for child in psutil.Process().children())
+
+
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    mine = [child for child in psutil.Process().children() if child.pid not in OTHERS]
+    return [child for child in mine if child.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.anyio
