@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,6 +60,11 @@ def source_of(kernel: Any, constants: dict[str, Any]) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
 
 
+def _stores_before_barrier(code: str) -> int:
+    """Stores that come before the kernel's own barrier, all of them where there is none."""
+    return re.split(r"\bbarrier\b", code)[0].count("tt.store")
+
+
 def compile_all() -> Iterator[dict[str, Any]]:
     for name, constants in KERNELS:
         kernel = getattr(step_kernels, name)
@@ -71,6 +77,7 @@ def compile_all() -> Iterator[dict[str, Any]]:
             "waits": assembly.count("griddepcontrol.wait"),
             "launches": assembly.count("griddepcontrol.launch_dependents"),
             "has_matrix_instructions": "mma" in assembly,
+            "stores_before_barrier": _stores_before_barrier(compiled.asm["ttgir"]),
             "specialised": [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)],
         }
 
