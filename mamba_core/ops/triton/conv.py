@@ -163,9 +163,15 @@ def _backward(
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
     """See ``mamba_core.ops.causal_conv1d_step``."""
     check_state(state)
-    x, weight = as_rows(x), weight.contiguous()
-    dim, width = weight.shape
+    x = as_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    convolve_step(x, weight.contiguous(), bias, state, slots, y)
+    return y
+
+
+def convolve_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor, y: Tensor) -> None:
+    """``causal_conv1d_step`` of rows with contiguous channels into y [B, D], which may be x."""
+    dim, width = weight.shape
     conv_step_kernel[(x.shape[0], triton.cdiv(dim, _BLOCK_D))](
         x,
         weight,
@@ -182,4 +188,3 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Te
         BLOCK_D=_BLOCK_D,
         num_warps=_BLOCK_D // 32,
     )
-    return y

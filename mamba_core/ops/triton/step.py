@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_core.ops.triton.conv_kernels import conv_step_kernel
+from mamba_core.ops.triton.conv import convolve_step
 from mamba_core.ops.triton.norm import rms_norm
 from mamba_core.ops.triton.step_kernels import (
     advance_kernel,
@@ -107,7 +107,8 @@ def project_in(
         torch.mm(x.values, weight.T, out=y)
         if bias is not None:
             y += bias
-        _convolve(step, y, taps, conv_bias, conv_state)
+        x_half = y[:, :dim]
+        convolve_step(x_half, taps, conv_bias, conv_state, step.slots, x_half)
         return y
     arguments = (
         weight,
@@ -163,27 +164,6 @@ def project_in(
             **options,
         )
     return y
-
-
-def _convolve(step: Step, xz: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor) -> None:
-    """The convolution of the first half of xz [B, 2 D], in place."""
-    dim, width = taps.shape
-    conv_step_kernel[(step.num_rows, triton.cdiv(dim, 128))](
-        xz,
-        taps,
-        taps if bias is None else bias,
-        xz,
-        state,
-        step.slots,
-        dim,
-        xz.stride(0),
-        xz.stride(0),
-        state.stride(0),
-        K=width,
-        HAS_BIAS=bias is not None,
-        BLOCK_D=128,
-        num_warps=4,
-    )
 
 
 def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
