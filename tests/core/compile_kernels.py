@@ -7,16 +7,11 @@ GPU is needed: the target is named, and the assembler is part of Triton.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from tests.compiling import compiled_for_hopper, print_records, source_of
 
-TARGET = GPUTarget("cuda", 90, 32)
 NUM_STATES, WIDTH = 16, 4
 SCAN = {"N": NUM_STATES, "BLOCK_N": 16, "ALIGN": 8}
 CONV = {"K": WIDTH, "HAS_BIAS": True, "BLOCK_D": 128}
@@ -43,40 +38,22 @@ KERNELS: list[tuple[str, str, dict[str, Any], int]] = [
     ("norm_kernels", "norm_backward_kernel", NORM | {"HAS_TOTAL": True}, 4),
 ]
 # pointers to anything but bf16
-POINTERS = {"slots_ptr": "*i64", "cu_seqlens_ptr": "*i32", "seq_idx_ptr": "*i32"} | {
+TYPES = {"slots_ptr": "*i64", "cu_seqlens_ptr": "*i32", "seq_idx_ptr": "*i32"} | {
     f"{name}_ptr": "*fp32"
     for name in (
         *("a", "da", "db", "dc", "dd", "dbias", "dweight", "dpre"),
         *("checkpoint", "scratch", "entry", "total", "scale"),
     )
 }
-UNALIGNED = {"nothing", "b_stride", "c_stride", "num_rows"}
-
-
-def source_of(kernel: Any, constants: dict[str, Any], state: str) -> ASTSource:
-    """The kernel for bf16 inputs and a state of this dtype, pointers and most integers divisible by 16."""
-    signature, attributes, values = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            values[(index,)] = constants[name]
-            continue
-        if name.endswith("_ptr"):
-            signature[name] = state if name == "state_ptr" else POINTERS.get(name, "*bf16")
-        else:
-            signature[name] = "fp32" if name == "eps" else "i32"
-        if name != "eps" and name not in UNALIGNED:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
-    return source(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+UNALIGNED = frozenset({"nothing", "b_stride", "c_stride", "num_rows"})
 
 
 def compile_all() -> Iterator[dict[str, Any]]:
     for module, name, constants, num_warps in KERNELS:
         kernel = getattr(importlib.import_module(f"mamba_core.ops.triton.{module}"), name)
         state = "*bf16" if module == "conv_kernels" else "*fp32"
-        source = source_of(kernel, constants, state)
-        compiled = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
+        source = source_of(kernel, constants, TYPES | {"state_ptr": state}, unaligned=UNALIGNED)
+        compiled = compiled_for_hopper(source, num_warps=num_warps)
         assembly = compiled.asm["ptx"]
         yield {
             "kernel": name,
@@ -89,5 +66,4 @@ def compile_all() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for line in compile_all():
-        print(json.dumps(line), flush=True)  # noqa: T201  the output is the result
+    print_records(compile_all())

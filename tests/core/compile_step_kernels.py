@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-import triton
-from triton.compiler import ASTSource
-
 from mamba_core.ops.triton import step_kernels
-from tests.core.compile_kernels import TARGET
+from tests.compiling import compiled_for_hopper, print_records, source_of
 
 ROWS = {"ROWS": 2, "BLOCK_R": 2, "BLOCK_N": 4, "BLOCK_K": 512, "STEPS": 5, "EXACT": True}
 TILE = {"BLOCK_B": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EVEN": True}
@@ -36,28 +32,11 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("advance_kernel", LOW | STATES | {"OWN_DELTA": True, "RAW_DELTA": False}),
     ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True}),
 ]
-POINTERS = {
+TYPES = {
     **dict.fromkeys(("slots_ptr", "tokens_ptr"), "*i64"),
     **dict.fromkeys(("squares_ptr", "residual_ptr", "low_ptr", "delta_ptr", "a_ptr", "d_ptr", "share_ptr"), "*fp32"),
     "count_ptr": "*i32",
 }
-
-
-def source_of(kernel: Any, constants: dict[str, Any]) -> ASTSource:
-    """The kernel for bf16 weights, pointers and all integers but the number of rows divisible by 16."""
-    signature, attributes, values = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            values[(index,)] = constants[name]
-        elif name.endswith("_ptr"):
-            is_ssm = name == "state_ptr" and "advance" in kernel.__name__
-            signature[name] = "*fp32" if is_ssm else POINTERS.get(name, "*bf16")
-        else:
-            signature[name] = "fp32" if name == "eps" else "i32"
-        if name not in ("eps", "num_rows") and name not in constants:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
 
 
 def _stores_before_barrier(code: str) -> int:
@@ -68,8 +47,9 @@ def _stores_before_barrier(code: str) -> int:
 def compile_all() -> Iterator[dict[str, Any]]:
     for name, constants in KERNELS:
         kernel = getattr(step_kernels, name)
-        source = source_of(kernel, constants | {"PDL": True})
-        compiled = triton.compile(source, target=TARGET, options={"num_warps": 4, "launch_pdl": True})
+        types = TYPES | {"state_ptr": "*fp32"} if name == "advance_kernel" else TYPES
+        source = source_of(kernel, constants | {"PDL": True}, types, unaligned=frozenset({"num_rows"}))
+        compiled = compiled_for_hopper(source, num_warps=4, launch_pdl=True)
         assembly = compiled.asm["ptx"]
         yield {
             "kernel": name,
@@ -83,5 +63,4 @@ def compile_all() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for line in compile_all():
-        print(json.dumps(line), flush=True)  # noqa: T201  the output is the result
+    print_records(compile_all())

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from mamba_core.ops.triton import (
     scan_kernels,
     scan_tile_kernels,
 )
+from tests.compiling import records_of
 
 ROOT = Path(__file__).parents[2]
 MODULES = (conv_backward_kernels, conv_kernels, norm_kernels, scan_backward_kernels, scan_kernels, scan_tile_kernels)
@@ -28,12 +25,7 @@ MODULES = (conv_backward_kernels, conv_kernels, norm_kernels, scan_backward_kern
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """One record per kernel, from a process that compiles where this one interprets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return [json.loads(line) for line in output.splitlines()]
+    return records_of("tests.core.compile_kernels", tmp_path_factory.mktemp("triton"))
 
 
 def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mamba_core.ops.triton import step_kernels
+from tests.compiling import records_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,12 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """One record per kernel, from a process that compiles where this one interprets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", "tests.core.compile_step_kernels"]
-    output = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return [json.loads(line) for line in output.splitlines()]
+    return records_of("tests.core.compile_step_kernels", tmp_path_factory.mktemp("triton"))
 
 
 def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:

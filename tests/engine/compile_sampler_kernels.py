@@ -5,25 +5,26 @@ Triton decides at import whether it interprets or compiles, so tests, which inte
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from app.engine import fused_sampler_kernels
+from tests.compiling import compiled_for_hopper, print_records, source_of
 
-TARGET = GPUTarget("cuda", 90, 32)
 BLOCK = 1024
 # a vocabulary that is searched over the row first, one that a tile holds, one of a single block
 SHAPES = [{"V": 50280, "ALIGN": 8}, {"V": 4000, "ALIGN": 16}, {"V": 97, "ALIGN": 1}]
-POINTERS = {"slots": "*i64", "table": "*i64", "maxima": "*fp32", "indices": "*i32", "sums": "*fp64"} | {
-    "tokens": "*i64",
-    "is_finite": "*u8",
-    "scratch": "*fp32",
+TYPES = {
+    **dict.fromkeys(("slots_ptr", "table_ptr", "tokens_ptr"), "*i64"),
+    **dict.fromkeys(("maxima_ptr", "scratch_ptr"), "*fp32"),
+    "indices_ptr": "*i32",
+    "sums_ptr": "*fp64",
+    "is_finite_ptr": "*u8",
 }
+# the row stride, in units of its alignment
+UNALIGNED = frozenset({"row_units"})
 
 
 def variants() -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -36,28 +37,12 @@ def variants() -> Iterator[tuple[str, dict[str, Any], int]]:
         yield "sampler_row_kernel", constants | {"CHUNK": 2048, "CANDIDATES": 4096, "GROUP": 4}, 8
 
 
-def source_of(kernel: Any, constants: dict[str, Any], logits: str) -> ASTSource:
-    """The kernel for logits of this type, all pointers divisible by 16."""
-    signature, attributes, values = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            values[(index,)] = constants[name]
-        elif name.endswith("_ptr"):
-            signature[name] = POINTERS.get(name.removesuffix("_ptr"), logits)
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    return ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-
-
 def compile_all() -> Iterator[dict[str, Any]]:
     for name, constants, num_warps in variants():
         kernel = getattr(fused_sampler_kernels, name)
         for logits in ("*fp32", "*bf16"):
-            compiled = triton.compile(
-                source_of(kernel, constants, logits), target=TARGET, options={"num_warps": num_warps, "maxnreg": 128}
-            )
+            source = source_of(kernel, constants, TYPES | {"logits_ptr": logits}, unaligned=UNALIGNED)
+            compiled = compiled_for_hopper(source, num_warps=num_warps, maxnreg=128)
             assembly = compiled.asm["ptx"]
             yield {
                 "kernel": name,
@@ -71,5 +56,4 @@ def compile_all() -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for line in compile_all():
-        print(json.dumps(line), flush=True)  # noqa: T201  the output is the result
+    print_records(compile_all())

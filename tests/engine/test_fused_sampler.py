@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from app.engine.fused_sampler import SlotSampling, draw_tokens
 from app.engine.request import GenerationRequest, SamplingParams
 from app.engine.sampler import GREEDY_TEMPERATURE, Sampler
 from app.engine.sequence import Sequence
+from tests.compiling import records_of
 
 ROOT = Path(__file__).parents[2]
 HAS_GPU = torch.cuda.is_available()
@@ -357,12 +354,7 @@ def test_positions_advance_with_every_draw(device: torch.device) -> None:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """One record per kernel and type of logits, from a process that compiles where this one interprets."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(Path(__file__).with_name("compile_sampler_kernels.py"))]
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return [json.loads(line) for line in output.splitlines()]
+    return records_of("tests.engine.compile_sampler_kernels", tmp_path_factory.mktemp("triton"))
 
 
 def test_every_kernel_compiles(compiled: list[dict[str, Any]]) -> None:
