@@ -1,12 +1,13 @@
-"""Chunks of one prompt as CUDA graphs: launched one by one, a model's operations cost the host far more than a short
-prompt costs the device.
+"""The prompt tokens of a step as CUDA graphs: launched one by one, a model's operations cost the host far more than
+short prompts cost the device.
 """
 
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
-from collections.abc import Sequence as Sizes
+from collections.abc import Sequence as Shapes
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,60 +18,115 @@ from app.engine.host import to_device
 from mamba_core.cache import MambaCache
 from mamba_core.ops import Packing
 
-# tokens of a graph; ``share.PrefillShare`` chooses among the powers of two. A chunk is padded to the next size, unless
-# that is so large that the device has longer to work on the padding than the host on launches
-SIZES = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+# up to so many tokens a step is padded; with more the device has longer to work on the padding than the host on
+# launches, unless nothing is padded
 LARGEST_PADDED = 2048
+_PADDED = (32, 64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, LARGEST_PADDED)
+_EXACT = (4096, 8192)
+
+# chunks of any lengths in one graph; each more costs programs that find nothing to do
+_FEW_CHUNKS = 8
+# and in a graph for many: one for so many tokens, none longer than a quarter of them, so that the scan need not cut
+# sequences up
+_TOKENS_PER_CHUNK = 16
+_LONGEST_OF_MANY = 4
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """The most that a graph takes: tokens in all, chunks, tokens of the longest chunk. Small ones are cheap ones."""
+
+    num_tokens: int
+    num_chunks: int
+    longest: int
+
+    def holds(self, num_tokens: int, num_chunks: int, longest: int) -> bool:
+        """Whether it serves for these, without more padding than is worth it."""
+        is_close = num_tokens == self.num_tokens or num_tokens <= self.num_tokens <= LARGEST_PADDED
+        return is_close and num_chunks <= self.num_chunks and longest <= self.longest
+
+
+def default_shapes() -> tuple[Shape, ...]:
+    """A chunk alone, a few of any lengths, and many that are short. ``share.PrefillShare`` chooses among the powers of
+    two.
+    """
+    alone = [Shape(size, 1, size) for size in (*_PADDED, *_EXACT)]
+    few = [Shape(size, _FEW_CHUNKS, size) for size in _PADDED if size > _PADDED[0]]
+    many = [Shape(size, size // _TOKENS_PER_CHUNK, size // _LONGEST_OF_MANY) for size in _PADDED]
+    return (*alone, *few, *(shape for shape in many if shape.num_chunks > 2 * _FEW_CHUNKS))
 
 
 class ChunkGraphs:
-    """One graph for each of a few sizes, captured in idle moments.
+    """One graph for each of a few shapes, captured in idle moments.
 
-    The padding of a chunk is a second sequence, on the scratch slot.
+    Chunks that a shape has room for and a step has not are empty, on the scratch slot; tokens likewise belong to none.
     """
 
-    def __init__(self, model: Model, cache: MambaCache, capturer: Capturer, sizes: Sizes[int] = SIZES) -> None:
+    def __init__(
+        self, model: Model, cache: MambaCache, capturer: Capturer, shapes: Shapes[Shape] = default_shapes()
+    ) -> None:
         self._model = model
         self._cache = cache
         self._capturer = capturer
-        self._sizes = sizes
-        # the largest first, into whose memory the others fit
-        self._missing = sorted(sizes, reverse=True)
-        # token ids, the slots of chunk and padding, and where the two begin and end
-        self._inputs: dict[int, Tensor] = {}
-        self._graphs: dict[int, Captured[None]] = {}
+        # the largest first, into whose memory the others fit; then those in which launches are most of the time
+        ascending = sorted(shapes)
+        self._missing = ascending[-1:] + ascending[:-1]
+        # token ids, the slots of chunks, and where the chunks begin and end
+        self._inputs: dict[Shape, Tensor] = {}
+        self._graphs: dict[Shape, Captured[None]] = {}
+        # those that there are, the cheapest first
+        self._captured: list[Shape] = []
 
-    def run(self, tokens: array[int], slot: int) -> bool:
-        """Take a chunk through the model, continuing ``slot``; False, and nothing done, if no graph is made for it."""
-        num_tokens = len(tokens)
-        place = bisect_left(self._sizes, num_tokens)
-        size = self._sizes[place] if place < len(self._sizes) else 0
-        if size not in self._graphs or (size > LARGEST_PADDED and size != num_tokens):
+    @property
+    def can_run(self) -> bool:
+        """Whether there are, or may still be, chunks that it takes."""
+        return bool(self._graphs) or self._capturer.can_capture
+
+    def run(self, tokens: array[int], slots: array[int], bounds: array[int]) -> bool:
+        """Take chunks through the model; False, and nothing done, if no graph that is made has room for them.
+
+        tokens: those of all chunks, end to end. slots: what each continues. bounds: where each begins, and the end.
+        """
+        longest = max(end - begin for begin, end in pairwise(bounds))
+        size = (len(tokens), len(slots), longest)
+        shape = next((shape for shape in self._captured if shape.holds(*size)), None)
+        if shape is None:
             return False
-        padding = array("q", bytes(tokens.itemsize * (size - num_tokens)))
-        layout = array("q", (slot, 0, 0, num_tokens, size))
-        self._inputs[size].copy_(to_device(tokens + padding + layout, torch.int64, self._cache.device))
-        self._graphs[size].graph.replay()
+        num_empty = shape.num_chunks - len(slots)
+        padded = tokens + _zeros(shape.num_tokens - len(tokens)) + slots + _zeros(num_empty) + bounds
+        padded += bounds[-1:] * num_empty
+        self._inputs[shape].copy_(to_device(padded, torch.int64, self._cache.device))
+        self._graphs[shape].graph.replay()
         return True
 
     def prepare_more(self) -> bool:
         """Capture one of the graphs that are missing; whether any was."""
         if not self._missing or not self._capturer.can_capture:
             return False
-        size = self._missing.pop(0)
-        inputs = torch.zeros(size + 5, dtype=torch.int64, device=self._cache.device)
-        # all of it is padding; these inputs are also those of the first replay
-        inputs[-1] = size
+        shape = self._missing.pop(0)
+        # no chunk but empty ones; these inputs are also those of the first replay
+        inputs = _zero_inputs(shape, self._cache.device)
+        name = f"a step of {shape.num_tokens} prompt tokens"
         captured = self._capturer.capture(
-            f"a chunk of {size} tokens", lambda: self._forward(inputs, size), lambda: self._forward(inputs, size)
+            name, lambda: self._forward(inputs, shape), lambda: self._forward(inputs, shape)
         )
         if captured is not None:
-            self._inputs[size] = inputs
-            self._graphs[size] = captured
+            self._inputs[shape] = inputs
+            self._graphs[shape] = captured
+            self._captured = sorted(self._graphs)
             # the first replay of a graph takes longer than all that follow
             captured.graph.replay()
         return True
 
-    def _forward(self, inputs: Tensor, size: int) -> None:
-        tokens, slots, bounds = inputs.tensor_split((size, size + 2))
-        self._model.forward_packed(tokens, Packing(slots, bounds.to(torch.int32), size, size), self._cache)
+    def _forward(self, inputs: Tensor, shape: Shape) -> None:
+        tokens, slots, bounds = inputs.tensor_split((shape.num_tokens, shape.num_tokens + shape.num_chunks))
+        packing = Packing(slots, bounds.to(torch.int32), shape.num_tokens, shape.longest)
+        self._model.forward_packed(tokens, packing, self._cache)
+
+
+def _zero_inputs(shape: Shape, device: torch.device) -> Tensor:
+    return torch.zeros(shape.num_tokens + 2 * shape.num_chunks + 1, dtype=torch.int64, device=device)
+
+
+def _zeros(count: int) -> array[int]:
+    return array("q", bytes(8 * count))

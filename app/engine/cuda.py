@@ -21,5 +21,5 @@ def cuda_runner(model: Model, cache: MambaCache, vocab_size: int, *, cuda_graphs
         return Runner(model, cache, vocab_size, SlotDecoder(model, cache, vocab_size, tables, draw_tokens, Steps))
     make_steps = partial(GraphSteps, capturer=Capturer(cache.device))
     decoder = SlotDecoder(model, cache, vocab_size, tables, draw_tokens, make_steps)
-    # a capturer of its own, so that a chunk that cannot be captured does not keep steps from being
+    # a capturer of its own, so that a prefill that cannot be captured does not keep steps from being
     return Runner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, Capturer(cache.device)))

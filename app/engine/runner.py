@@ -41,18 +41,27 @@ class PendingPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A step that has been launched. ``marks``: before everything, before the rows, behind everything."""
+    """A step that has been launched. ``marks``: before everything, before the rows, behind everything; only the last
+    where it does not matter how long the others are apart.
+    """
 
     prompts: dict[int, PendingPrompt]
     rows: PendingRows | None
     marks: tuple[Mark, ...]
 
 
-class Chunks(Protocol):
+class QuickPrefill(Protocol):
     """A quicker way for some chunks; see ``chunk_graphs.ChunkGraphs``."""
 
-    def run(self, tokens: array[int], slot: int) -> bool:
-        """Take a chunk through the model, continuing ``slot``; False, and nothing done, if it is not one of those."""
+    @property
+    def can_run(self) -> bool:
+        """Whether there are, or may still be, chunks that it takes."""
+
+    def run(self, tokens: array[int], slots: array[int], bounds: array[int]) -> bool:
+        """Take chunks through the model; False, and nothing done, if they are not among those that it takes.
+
+        tokens: those of all chunks, end to end. slots: what each continues. bounds: where each begins, and the end.
+        """
 
     def prepare_more(self) -> bool:
         """Use an idle moment; whether there was anything to prepare."""
@@ -67,13 +76,13 @@ class Runner:
         cache: MambaCache,
         vocab_size: int,
         decoder: Decoder | None = None,
-        quick_chunks: Chunks | None = None,
+        quick_prefill: QuickPrefill | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
         self._device = cache.device
         self._decoder: Decoder = decoder or EagerDecoder(model, cache, vocab_size)
-        self._quick_chunks = quick_chunks
+        self._quick_prefill = quick_prefill
 
     @property
     def cache(self) -> MambaCache:
@@ -95,11 +104,16 @@ class Runner:
         marks = [mark(self._device)] if plan.chunks else []
         if plan.fresh:
             self._cache.zero(to_device(array("q", plan.fresh), torch.int64, self._device))
-        prompts = self._prefill(plan.chunks) if plan.chunks else {}
+        prompts: dict[int, PendingPrompt] = {}
+        if plan.chunks and not self._prefill_quickly(plan.chunks):
+            prompts = self._prefill(plan.chunks)
+            if self._quick_prefill is not None and self._quick_prefill.can_run:
+                # how long this took says nothing about steps to come
+                marks.clear()
         if plan.forks:
             numbers = array("q", (slot for fork in plan.forks for slot in fork))
             self._cache.copy(*to_device(numbers, torch.int64, self._device).view(-1, 2).unbind(1))
-        if plan.chunks:
+        if marks:
             marks.append(mark(self._device))
         rows = self._decoder.launch(plan.rows) if plan.rows else None
         return PendingStep(prompts, rows, (*marks, mark(self._device)))
@@ -125,30 +139,23 @@ class Runner:
     @torch.inference_mode()
     def prepare_more(self) -> bool:
         """Use an idle moment to get ready for steps to come; whether anything was left to do."""
-        return self._decoder.prepare_more() or (self._quick_chunks is not None and self._quick_chunks.prepare_more())
+        # a decoder has what it needs most since its start
+        return (self._quick_prefill is not None and self._quick_prefill.prepare_more()) or self._decoder.prepare_more()
+
+    def _prefill_quickly(self, chunks: tuple[Chunk, ...]) -> bool:
+        if self._quick_prefill is None or any(chunk.wants_logprobs for chunk in chunks):
+            return False
+        return self._quick_prefill.run(*_pack(chunks))
 
     def _prefill(self, chunks: tuple[Chunk, ...]) -> dict[int, PendingPrompt]:
-        if len(chunks) == 1 and self._prefill_quickly(chunks[0]):
-            return {}
-        numbers, lengths = array("q"), [chunk.end - chunk.start for chunk in chunks]
-        for chunk in chunks:
-            numbers += chunk.prefill.tokens[chunk.start : chunk.end]
-        num_tokens = len(numbers)
-        numbers.extend(chunk.prefill.slot for chunk in chunks)
-        offsets = array("q", [0])
-        for length in lengths:
-            offsets.append(offsets[-1] + length)
-        packed = to_device(numbers + offsets, torch.int64, self._device)
-        tokens, slots, cu_seqlens = packed.tensor_split((num_tokens, len(numbers)))
-        packing = Packing(slots, cu_seqlens.to(torch.int32), num_tokens, max(lengths))
-        hidden = self._model.forward_packed(tokens, packing, self._cache)  # [T, H]
+        tokens, slots, bounds = _pack(chunks)
+        longest = max(chunk.end - chunk.start for chunk in chunks)
+        packed = to_device(tokens + slots + bounds, torch.int64, self._device)
+        ids, slot_ids, cu_seqlens = packed.tensor_split((len(tokens), len(tokens) + len(slots)))
+        packing = Packing(slot_ids, cu_seqlens.to(torch.int32), len(tokens), longest)
+        hidden = self._model.forward_packed(ids, packing, self._cache)  # [T, H]
         wanted = [index for index, chunk in enumerate(chunks) if chunk.wants_logprobs]
-        return {index: self._prompt_logprobs(hidden, chunks[index], offsets[index]) for index in wanted}
-
-    def _prefill_quickly(self, chunk: Chunk) -> bool:
-        if self._quick_chunks is None or chunk.wants_logprobs:
-            return False
-        return self._quick_chunks.run(chunk.prefill.tokens[chunk.start : chunk.end], chunk.prefill.slot)
+        return {index: self._prompt_logprobs(hidden, chunks[index], bounds[index]) for index in wanted}
 
     def _prompt_logprobs(self, hidden: Tensor, chunk: Chunk, offset: int) -> PendingPrompt:
         """Log-probabilities of the tokens that follow those of a chunk, whose hidden states begin at ``offset``."""
@@ -162,3 +169,12 @@ class Runner:
             logits = self._model.compute_logits(hidden[first : first + end - start])  # [slice, V]
             slices.append(to_host(token_logprobs(logits, targets, num_top)))
         return PendingPrompt(slices, num_top)
+
+
+def _pack(chunks: tuple[Chunk, ...]) -> tuple[array[int], array[int], array[int]]:
+    """The tokens of all chunks, end to end; the slot of each; where each begins, and the end."""
+    tokens, bounds = array("q"), array("q", [0])
+    for chunk in chunks:
+        tokens += chunk.prefill.tokens[chunk.start : chunk.end]
+        bounds.append(len(tokens))
+    return tokens, array("q", (chunk.prefill.slot for chunk in chunks)), bounds

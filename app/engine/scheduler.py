@@ -110,8 +110,7 @@ class Scheduler:
             self._settling.remove(prefill)
             if prefill.request.max_tokens == 0:
                 events += self._end(prefill.live_sequences, FinishReason.LENGTH)
-        # several prompts in one step are taken in by other means than the share of a long one, and at another price
-        if len(plan.chunks) == 1 and plan.rows:
+        if plan.chunks and plan.rows:
             self._share.observe(plan.num_prefill_tokens, result.prefill_seconds, result.decode_seconds)
         return events + self._commit_rows(plan, result)
 

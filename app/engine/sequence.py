@@ -145,7 +145,7 @@ class StepResult:
     """What a step drew: one token per row, meaningless for ``broken`` rows, whose logits were not finite.
 
     ``logprobs`` by row, for rows that asked; ``prompt_logprobs`` by chunk, in the order of positions, or None where
-    they were NaN or Inf. The seconds are those of the device, for steps with both prompt tokens and rows.
+    they were NaN or Inf. The seconds are those of the device, 0 where they are no measure of steps to come.
     """
 
     tokens: list[int]

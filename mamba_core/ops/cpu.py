@@ -56,7 +56,7 @@ def _conv_tokens(
     y = _weigh([inputs[k : k + end - begin] for k in range(before + 1)], taps, bias)
     rows = packing.seq_idx[begin:end].long()
     since = torch.arange(begin, end) - packing.cu_seqlens.long()[rows]  # tokens of the same sequence before this one
-    heads = (since < before).nonzero()[:, 0]
+    heads = ((since < before) & (rows < packing.num_rows)).nonzero()[:, 0]
     if heads.numel() > 0:
         windows = _head_windows(inputs, history, rows[heads], since[heads], heads)
         y = y.index_put((heads,), _weigh(windows, taps, bias))
@@ -161,8 +161,9 @@ def _row_groups(packing: Packing, state_elements: int) -> Iterator[_Rows]:
     bounds = packing.cu_seqlens.long()
     lengths = bounds.diff()
     order = lengths.argsort(descending=True, stable=True)
-    order = order[: int((lengths > 0).sum())]
-    for rows in torch.split(order, max(1, _ELEMENTS_PER_TOKEN // state_elements)):
+    order, size = order[: int((lengths > 0).sum())], max(1, _ELEMENTS_PER_TOKEN // state_elements)
+    for first in range(0, len(order), size):
+        rows = order[first : first + size]
         yield _Rows(bounds[rows], lengths[rows], packing.slots[rows])
 
 

@@ -14,9 +14,12 @@ from torch import Tensor
 class Packing:
     """B sequences packed into T tokens; made once per forward and shared by all layers.
 
-    slots [B] int64: the state slot of each sequence. cu_seqlens [B+1] int32: where each begins, and T at the end;
-    a sequence may be empty. num_tokens is T, max_seqlen the longest sequence: known to the host, so that no kernel
-    launch waits for the device. Index vectors derived from these are made on first use and kept.
+    slots [B] int64: the state slot of each sequence. cu_seqlens [B+1] int32: where each begins, and where the last
+    ends; a sequence may be empty. num_tokens is T, max_seqlen the longest sequence: known to the host, so that no
+    kernel launch waits for the device. Index vectors derived from these are made on first use and kept.
+
+    Without gradients, max_seqlen may be more than the longest, and the last sequence may end before T: the tokens after
+    it belong to none, and what an op returns for them means nothing.
     """
 
     slots: Tensor
@@ -52,6 +55,6 @@ class Packing:
 
     @cached_property
     def seq_idx(self) -> Tensor:
-        """The row of each token, [T] int32."""
+        """The row of each token, [T] int32; B for a token of none."""
         tokens = torch.arange(self.num_tokens, dtype=torch.int32, device=self.cu_seqlens.device)
         return torch.searchsorted(self.cu_seqlens[1:], tokens, right=True, out_int32=True)

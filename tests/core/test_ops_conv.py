@@ -51,6 +51,19 @@ def test_no_tokens_at_all(backend: Backend) -> None:
     assert torch.equal(state, case.state)
 
 
+@pytest.mark.parametrize("lengths", [[20, 0, 33, 0], [0, 0], [3]])
+def test_tokens_after_the_last_sequence_belong_to_none(backend: Backend, lengths: list[int]) -> None:
+    case = make_conv(lengths, 64, 4, device=backend.device)
+    state, expected_state = case.state.clone(), case.state.clone()
+    expected = case.run(reference, expected_state)
+    # more room than there are tokens, and junk in it
+    x = torch.cat([case.x, torch.full((40, 64), torch.nan, device=backend.device)])
+    packing = replace(case.packing, num_tokens=len(x), max_seqlen=len(x))
+    y = replace(case, x=x, packing=packing).run(backend.ops, state)
+    assert error_ratio(y[: sum(lengths)], expected) < TOLERANCE[torch.float32]
+    assert torch.equal(state, expected_state)
+
+
 @pytest.mark.parametrize("cut", [1, 2, 20])
 def test_two_chunks_equal_one(backend: Backend, cut: int) -> None:
     case = make_conv([37], 64, 4, device=backend.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -67,6 +68,25 @@ def test_no_tokens_at_all(backend: Backend) -> None:
     state = case.state.clone()
     assert case.run(backend.ops, state).shape == (0, 64)
     assert torch.equal(state, case.state)
+
+
+@pytest.mark.parametrize("lengths", [[20, 0, 33, 0], [0, 0], [3], [130, 0, 0, 1]])
+def test_tokens_after_the_last_sequence_belong_to_none(backend: Backend, lengths: list[int]) -> None:
+    case = make_scan(lengths, 64, 16, device=backend.device)
+    state, expected_state = case.state.clone(), case.state.clone()
+    expected = case.run(reference, expected_state)
+    # more room than there are tokens, and junk in it
+    total = sum(lengths) + 300
+    junk = {
+        name: torch.cat([t, t.new_full((300, t.shape[1]), torch.nan)]) if name in ("x", "dt", "B", "C", "z") else t
+        for name, t in case.inputs.items()
+    }
+    packing = replace(case.packing, num_tokens=total, max_seqlen=total)
+    y = replace(case, inputs=junk, packing=packing).run(backend.ops, state)
+    assert error_ratio(y[: sum(lengths)], expected) < TOLERANCE[torch.float32]
+    assert error_ratio(state, expected_state) < 3e-6
+    others = untouched(case.packing)
+    assert torch.equal(state[others], case.state[others])
 
 
 def test_two_chunks_equal_one(backend: Backend) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from app.engine import distribution
-from app.engine.chunk_graphs import ChunkGraphs
+from app.engine.chunk_graphs import ChunkGraphs, Shape
 from app.engine.decoder import Model
 from app.engine.engine import Engine
 from app.engine.graphs import GraphSteps
@@ -23,7 +23,7 @@ from mamba_core import MambaCache
 from mamba_core.ops import Packing
 
 VOCAB_SIZE = 53
-CHUNK_SIZES = (4, 8, 32, 128)
+CHUNK_SHAPES = (*(Shape(size, 1, size) for size in (4, 8, 32, 128)), Shape(8, 2, 8), Shape(32, 8, 16))
 _MODULUS = 9973
 
 
@@ -148,12 +148,26 @@ class HostCapturer:
         return tensor
 
 
+class BrokenCapturer(HostCapturer):
+    """Fails from the n-th capture on."""
+
+    def __init__(self, num_good: int) -> None:
+        super().__init__()
+        self._num_good = num_good
+
+    def capture(self, name: str, warm_up: Any, body: Any) -> Any:
+        if len(self.names) >= self._num_good:
+            self.can_capture = False
+            return None
+        return super().capture(name, warm_up, body)
+
+
 def graph_runner(model: Model, cache: MambaCache, vocab_size: int, capturer: Any = None) -> Runner:
     """The runner of a GPU, on a CPU."""
     capturer = capturer or HostCapturer()
     make_steps = partial(GraphSteps, capturer=capturer)
     decoder = SlotDecoder(model, cache, vocab_size, HostTables(cache.num_slots), draw_on_host, make_steps)
-    return OverlappedRunner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, capturer, CHUNK_SIZES))
+    return OverlappedRunner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, capturer, CHUNK_SHAPES))
 
 
 def make_runner(mode: str, model: Model, cache: MambaCache, vocab_size: int) -> Runner:

@@ -164,6 +164,21 @@ def test_graphs_captured_later_give_the_same(model: MambaForCausalLM) -> None:
     assert not engine.prepare_more()
 
 
+def watch_replays(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What graphs take from now on: numbers of tokens and of chunks, in the order of steps."""
+    replayed: list[tuple[int, int]] = []
+    run_chunks = ChunkGraphs.run
+
+    def watched(graphs: ChunkGraphs, tokens: array[int], slots: array[int], bounds: array[int]) -> bool:
+        found = run_chunks(graphs, tokens, slots, bounds)
+        if found:
+            replayed.append((len(tokens), len(slots)))
+        return found
+
+    monkeypatch.setattr(ChunkGraphs, "run", watched)
+    return replayed
+
+
 def test_chunks_that_have_graphs_give_the_same(model: MambaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[(i * i + 3 * j + j * j // 7) % VOCAB_SIZE for j in range(700 + 13 * i)] for i in range(3)]
     requests = [make_request(f"r{i}", prompt, 8, n=1 + i % 2) for i, prompt in enumerate(prompts)]
@@ -172,17 +187,24 @@ def test_chunks_that_have_graphs_give_the_same(model: MambaForCausalLM, monkeypa
     engine = make_engine(model, prefill_budget=128)
     while engine.prepare_more():
         pass
-    replayed: list[int] = []
-    run_chunk = ChunkGraphs.run
-
-    def watched(graphs: ChunkGraphs, tokens: array[int], slot: int) -> bool:
-        found = run_chunk(graphs, tokens, slot)
-        replayed.append(len(tokens) if found else 0)
-        return found
-
-    monkeypatch.setattr(ChunkGraphs, "run", watched)
+    replayed = watch_replays(monkeypatch)
     assert run(engine, *requests).tokens == expected
-    assert replayed.count(128) > 8
+    assert replayed.count((128, 1)) > 8
+    assert replayed.count((128, 2)) == 2
+
+
+def test_many_prompts_that_have_graphs_give_the_same(model: MambaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [
+        make_request(f"r{i}", [(i * j + i + j * j) % VOCAB_SIZE for j in range(2 + 7 * i % 90)], 8) for i in range(60)
+    ]
+    expected = run(make_engine(model, "fused", 64, prefill_budget=1500), *requests).tokens
+    engine = make_engine(model, "graphs", 64, prefill_budget=1500)
+    while engine.prepare_more():
+        pass
+    replayed = watch_replays(monkeypatch)
+    assert run(engine, *requests).tokens == expected
+    assert max(num_chunks for _, num_chunks in replayed) > 20
+    assert sum(num_tokens for num_tokens, _ in replayed) == sum(len(r.prompt_token_ids) - 1 for r in requests)
 
 
 def test_what_cannot_be_captured_runs_without(

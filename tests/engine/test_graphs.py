@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from array import array
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from app.engine import chunk_graphs
-from app.engine.chunk_graphs import SIZES, ChunkGraphs
 from app.engine.graphs import FIRST_BUCKETS, PATIENCE, GraphSteps, StepOutput, buckets
-from app.engine.share import LEAST_SHARE
-from mamba_core import MambaCache
 from mamba_core.ops import Packing
-from tests.engine.fakes import HistoryModel, HostCapturer, make_cache, state_after
+from tests.engine.fakes import BrokenCapturer, HostCapturer
 
 
 class Body:
@@ -91,20 +84,6 @@ def test_under_load_a_graph_is_captured_once_it_has_been_missed_often_enough() -
     assert 4 in steps.captured
 
 
-class BrokenCapturer(HostCapturer):
-    """Fails from the n-th capture on."""
-
-    def __init__(self, num_good: int) -> None:
-        super().__init__()
-        self._num_good = num_good
-
-    def capture(self, name: str, warm_up: Any, body: Any) -> Any:
-        if len(self.names) >= self._num_good:
-            self.can_capture = False
-            return None
-        return super().capture(name, warm_up, body)
-
-
 @pytest.mark.parametrize("num_good", [0, 1, 2])
 def test_without_a_graph_that_is_large_enough_a_step_runs_as_it_is(num_good: int) -> None:
     body, slots = Body(), torch.arange(1, 301)
@@ -116,50 +95,3 @@ def test_without_a_graph_that_is_large_enough_a_step_runs_as_it_is(num_good: int
     # the largest is captured first, then that of one row
     assert {len(call) for call in body.calls} == ({300} if num_good else {5})
     assert not steps.prepare_more()
-
-
-def forward(tokens: list[int], slot: int, cache: MambaCache, graphs: ChunkGraphs) -> bool:
-    cache.zero([slot])
-    return graphs.run(array("q", tokens), slot)
-
-
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 64])
-def test_a_chunk_with_a_graph_goes_on_from_its_slot_and_padding_touches_nobody(length: int) -> None:
-    cache = make_cache(3)
-    capturer = HostCapturer()
-    graphs = ChunkGraphs(HistoryModel(), cache, capturer, (32, 64))  # type: ignore[arg-type]
-    tokens = [(7 * i + 1) % 53 for i in range(length)]
-    assert not forward(tokens, 2, cache, graphs)
-    while graphs.prepare_more():
-        pass
-    assert len(capturer.names) == 2
-    cache.ssm[:] = torch.nan
-    assert forward(tokens, 2, cache, graphs)
-    assert graphs.run(array("q", tokens), 2)
-    assert cache.ssm[0, 2].item() == state_after(tokens + tokens)
-    assert cache.ssm[0, [1, 3]].isnan().all()
-    assert not graphs.run(array("q", [1] * 65), 2)
-
-
-def test_large_chunks_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunk_graphs, "LARGEST_PADDED", 32)
-    cache = make_cache(3)
-    graphs = ChunkGraphs(HistoryModel(), cache, HostCapturer(), (32, 64))  # type: ignore[arg-type]
-    while graphs.prepare_more():
-        pass
-    assert [forward([1] * length, 1, cache, graphs) for length in (20, 32, 40, 63, 64)] == [
-        *(True, True, False, False, True)
-    ]
-
-
-def test_shares_are_sizes_of_graphs() -> None:
-    assert {2**power for power in range(6, 14)} <= set(SIZES)
-    assert min(2**power for power in range(6, 14)) == LEAST_SHARE
-
-
-def test_chunks_that_cannot_be_captured_are_left_to_others() -> None:
-    cache = make_cache(3)
-    graphs = ChunkGraphs(HistoryModel(), cache, BrokenCapturer(0))  # type: ignore[arg-type]
-    assert graphs.prepare_more()
-    assert not graphs.prepare_more()
-    assert not forward([1] * 64, 1, cache, graphs)

@@ -321,14 +321,26 @@ def test_a_share_is_not_cut_for_what_every_share_costs() -> None:
     assert max(sizes) <= 2048
 
 
-def test_what_several_prompts_cost_together_says_nothing_about_one_long_prompt() -> None:
+@pytest.mark.parametrize("num_prompts", [1, 40])
+def test_steps_with_one_prompt_or_many_teach_what_a_long_one_costs(num_prompts: int) -> None:
+    scheduler = Scheduler(64, 8192)
+    start_rows(scheduler, 20)
+    for index in range(num_prompts):
+        scheduler.add(request(f"short{index}", length=32, max_tokens=10**6))
+    while scheduler.num_waiting:
+        plan = scheduler.plan()
+        scheduler.commit(plan, answer(plan, 4e-6, 1e-3))
+    scheduler.add(request("long", length=100_000))
+    assert scheduler.plan().num_prefill_tokens == 256
+
+
+def test_steps_that_are_no_measure_teach_nothing() -> None:
     scheduler = Scheduler(64, 8192)
     for index in range(40):
         scheduler.add(request(f"row{index}", length=32, max_tokens=10**6))
     while scheduler.num_waiting or not scheduler._running:
         plan = scheduler.plan()
-        # launched one operation after the other: 20 ms whatever their number
-        scheduler.commit(plan, dataclasses.replace(carry_out(plan), prefill_seconds=0.02, decode_seconds=1e-3))
+        scheduler.commit(plan, dataclasses.replace(carry_out(plan), prefill_seconds=0.0, decode_seconds=1e-3))
     scheduler.add(request("long", length=100_000))
     sizes = []
     for _ in range(30):
