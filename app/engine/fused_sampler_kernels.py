@@ -114,7 +114,8 @@ def load_logits(row_ptr, start, V: tl.constexpr, SIZE: tl.constexpr):
     """SIZE logits from ``start`` on in fp32, and which of them exist; the others are the lowest number."""
     token = start + tl.arange(0, SIZE)
     mask = token < V
-    return tl.load(row_ptr + token, mask=mask, other=LOWEST).to(tl.float32), mask
+    # the lowest fp32 would become infinite as a bf16
+    return tl.where(mask, tl.load(row_ptr + token, mask=mask, other=0.0).to(tl.float32), LOWEST), mask
 
 
 @triton.jit(do_not_specialize=["row_units"])
