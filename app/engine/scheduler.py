@@ -11,6 +11,10 @@ from app.engine.sequence import Chunk, Prefill, Sequence, StepPlan, StepResult
 from app.engine.share import PrefillShare
 from app.engine.slots import SCRATCH_SLOT, SlotPool
 
+# a step takes so many shares while fewer stream than so many times those that start beside a first one
+BURST_RATIO = 8
+BURST_SHARES = 4
+
 NOT_FINITE = "the model produced NaN or Inf"
 
 
@@ -162,10 +166,17 @@ class Scheduler:
         assert sorted(map(id, limited)) == sorted(map(id, running)), "running rows have no last step, or others do"
 
     def _budget(self) -> int:
-        """Prompt tokens for a joint step: all while more sequences would start than stream, else a small share."""
+        """Prompt tokens for a joint step: all while more sequences would start than stream, else a small share, and a
+        few times that while not many more stream.
+        """
         num_prefilling = sum(len(prefill.sequences) for prefill in self._prefilling)
         num_starting = num_prefilling + min(self.num_waiting, self._slots.num_free)
-        return self._prefill_budget if len(self._running) < num_starting else self._share.num_tokens
+        num_running = len(self._running)
+        if num_running < num_starting:
+            return self._prefill_budget
+        # one alone may have a long prompt, for which those that stream must not wait again and again
+        is_burst = num_running < BURST_RATIO * (num_starting - 1)
+        return min(self._share.num_tokens * (BURST_SHARES if is_burst else 1), self._prefill_budget)
 
     def _count_on(self, plan: StepPlan) -> None:
         """Move everything to where it stands when the step has been made."""

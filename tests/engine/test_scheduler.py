@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from app.engine.request import Event, FinishReason, GenerationRequest, SamplingParams, TokenEvent, TokenLogprobs
-from app.engine.scheduler import Scheduler
+from app.engine.scheduler import BURST_SHARES, Scheduler
 from app.engine.sequence import StepPlan, StepResult
 from app.engine.share import FIRST_SHARE, LEAST_SHARE, PrefillShare
 
@@ -359,6 +359,26 @@ def test_a_burst_of_prompts_is_taken_at_once_though_rows_run() -> None:
     plan, _ = step(scheduler)
     assert plan.num_prefill_tokens == 256 * 31
     assert len(plan.rows) == 266
+
+
+@pytest.mark.parametrize(
+    ("num_starting", "num_shares"), [(1, 1), (4, 1), (6, 1), (7, BURST_SHARES), (40, BURST_SHARES)]
+)
+def test_several_that_start_get_more_than_one_does(num_starting: int, num_shares: int) -> None:
+    scheduler = Scheduler(300, 8192)
+    start_rows(scheduler, 40)
+    for index in range(num_starting):
+        scheduler.add(request(f"next{index}", length=5000))
+    share = scheduler._share.num_tokens
+    assert step(scheduler)[0].num_prefill_tokens == num_shares * share
+
+
+def test_a_budget_is_the_most_that_a_burst_gets() -> None:
+    scheduler = Scheduler(300, 1000)
+    start_rows(scheduler, 40)
+    for index in range(20):
+        scheduler.add(request(f"next{index}", length=5000))
+    assert step(scheduler)[0].num_prefill_tokens == 1000
 
 
 def test_prompts_that_wait_for_a_slot_do_not_count_as_starting() -> None:
