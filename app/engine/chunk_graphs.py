@@ -26,34 +26,34 @@ _EXACT = (4096, 8192)
 
 # chunks of any lengths in one graph; each more costs programs that find nothing to do
 _FEW_CHUNKS = 8
-# and in a graph for many: one for so many tokens, none longer than a quarter of them, so that the scan need not cut
-# sequences up
+# a graph for many has one for so many tokens, and none longer than such a part of them: with several at work all the
+# time the scan need not cut them up, which costs it every exponential twice
 _TOKENS_PER_CHUNK = 16
 _LONGEST_OF_MANY = 4
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
-    """The most that a graph takes: tokens in all, chunks, tokens of the longest chunk. Small ones are cheap ones."""
+    """The most that a graph takes: tokens in all, tokens of the longest chunk, chunks. Small ones are cheap ones."""
 
     num_tokens: int
-    num_chunks: int
     longest: int
+    num_chunks: int
 
-    def holds(self, num_tokens: int, num_chunks: int, longest: int) -> bool:
+    def holds(self, num_tokens: int, longest: int, num_chunks: int) -> bool:
         """Whether it serves for these, without more padding than is worth it."""
         is_close = num_tokens == self.num_tokens or num_tokens <= self.num_tokens <= LARGEST_PADDED
-        return is_close and num_chunks <= self.num_chunks and longest <= self.longest
+        return is_close and longest <= self.longest and num_chunks <= self.num_chunks
 
 
 def default_shapes() -> tuple[Shape, ...]:
     """A chunk alone, a few of any lengths, and many that are short. ``share.PrefillShare`` chooses among the powers of
     two.
     """
-    alone = [Shape(size, 1, size) for size in (*_PADDED, *_EXACT)]
-    few = [Shape(size, _FEW_CHUNKS, size) for size in _PADDED if size > _PADDED[0]]
-    many = [Shape(size, size // _TOKENS_PER_CHUNK, size // _LONGEST_OF_MANY) for size in _PADDED]
-    return (*alone, *few, *(shape for shape in many if shape.num_chunks > 2 * _FEW_CHUNKS))
+    alone = [Shape(size, size, 1) for size in (*_PADDED, *_EXACT)]
+    few = [Shape(size, size, _FEW_CHUNKS) for size in _PADDED if size > _PADDED[0]]
+    many = [Shape(size, size // _LONGEST_OF_MANY, size // _TOKENS_PER_CHUNK) for size in _PADDED]
+    return (*alone, *few, *(shape for shape in many if shape.num_chunks > _FEW_CHUNKS))
 
 
 class ChunkGraphs:
@@ -88,7 +88,7 @@ class ChunkGraphs:
         tokens: those of all chunks, end to end. slots: what each continues. bounds: where each begins, and the end.
         """
         longest = max(end - begin for begin, end in pairwise(bounds))
-        size = (len(tokens), len(slots), longest)
+        size = (len(tokens), longest, len(slots))
         shape = next((shape for shape in self._captured if shape.holds(*size)), None)
         if shape is None:
             return False

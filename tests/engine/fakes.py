@@ -23,7 +23,7 @@ from mamba_core import MambaCache
 from mamba_core.ops import Packing
 
 VOCAB_SIZE = 53
-CHUNK_SHAPES = (*(Shape(size, 1, size) for size in (4, 8, 32, 128)), Shape(8, 2, 8), Shape(32, 8, 16))
+CHUNK_SHAPES = (*(Shape(size, size, 1) for size in (4, 8, 32, 128)), Shape(8, 8, 2), Shape(32, 16, 8))
 _MODULUS = 9973
 
 

@@ -45,7 +45,7 @@ def make_chunk_graphs(
 
 @pytest.mark.parametrize("lengths", [[1], [31], [32], [1, 31], [10, 1, 5], [8, 8, 8, 8], [64], [33, 2], [1, 1, 1, 1]])
 def test_chunks_go_on_from_their_slots_and_padding_touches_nobody(lengths: list[int]) -> None:
-    graphs, cache = make_chunk_graphs(Shape(32, 1, 32), Shape(32, 4, 32), Shape(64, 4, 64))
+    graphs, cache = make_chunk_graphs(Shape(32, 32, 1), Shape(32, 32, 4), Shape(64, 64, 4))
     cache.ssm[:] = torch.nan
     slots = [4, 2, 5, 1][: len(lengths)]
     cache.zero(slots)
@@ -59,7 +59,7 @@ def test_chunks_go_on_from_their_slots_and_padding_touches_nobody(lengths: list[
 
 
 def test_a_replay_sees_nothing_of_the_one_before() -> None:
-    graphs, cache = make_chunk_graphs(Shape(32, 4, 32))
+    graphs, cache = make_chunk_graphs(Shape(32, 32, 4))
     assert run_chunks(graphs, {1: chunk_of(8), 2: chunk_of(9), 3: chunk_of(10)})
     assert run_chunks(graphs, {4: chunk_of(3)})
     states = [state_after(chunk_of(length)) for length in (8, 9, 10, 3)]
@@ -90,7 +90,7 @@ class ShapeNotes(HostCapturer):
 )
 def test_chunks_take_the_cheapest_graph_that_has_room(lengths: list[int], num_tokens: int | None) -> None:
     notes = ShapeNotes()
-    shapes = [Shape(256, 2, 256), Shape(32, 1, 32), Shape(64, 2, 64), Shape(256, 4, 64)]
+    shapes = [Shape(256, 256, 2), Shape(32, 32, 1), Shape(64, 64, 2), Shape(256, 64, 4)]
     graphs, cache = make_chunk_graphs(*shapes, num_slots=8, capturer=notes)
     del notes.replayed[:]
     chunks = {slot: chunk_of(length) for slot, length in enumerate(lengths, start=1)}
@@ -102,7 +102,7 @@ def test_chunks_take_the_cheapest_graph_that_has_room(lengths: list[int], num_to
 
 def test_graphs_come_one_by_one_the_largest_first_and_serve_from_then_on() -> None:
     cache, capturer = make_cache(3), HostCapturer()
-    shapes = (Shape(8, 1, 8), Shape(16, 4, 16), Shape(64, 1, 64), Shape(8, 2, 8))
+    shapes = (Shape(8, 8, 1), Shape(16, 16, 4), Shape(64, 64, 1), Shape(8, 8, 2))
     graphs = ChunkGraphs(HistoryModel(), cache, capturer, shapes)  # type: ignore[arg-type]
     served = []
     for _ in range(4):
@@ -116,7 +116,7 @@ def test_graphs_come_one_by_one_the_largest_first_and_serve_from_then_on() -> No
 
 def test_large_chunks_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk_graphs, "LARGEST_PADDED", 32)
-    graphs, _ = make_chunk_graphs(Shape(32, 1, 32), Shape(64, 1, 64))
+    graphs, _ = make_chunk_graphs(Shape(32, 32, 1), Shape(64, 64, 1))
     assert [run_chunks(graphs, {1: [1] * length}) for length in (20, 32, 40, 63, 64)] == [
         *(True, True, False, False, True)
     ]
@@ -126,7 +126,7 @@ def test_large_chunks_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("length", [2, 8, 31, 200, 700])
 def test_steps_of_prompts_have_graphs_that_are_not_much_larger(num_chunks: int, length: int) -> None:
     num_tokens = num_chunks * length
-    held = [shape for shape in default_shapes() if shape.holds(num_tokens, num_chunks, length)]
+    held = [shape for shape in default_shapes() if shape.holds(num_tokens, length, num_chunks)]
     if num_tokens > LARGEST_PADDED:
         assert not held
     else:
@@ -140,7 +140,7 @@ def test_shares_of_one_prompt_or_of_a_few_are_sizes_of_graphs() -> None:
     for power in range(6, 14):
         assert any(shape.num_tokens == shape.longest == 2**power for shape in shapes)
     for power in range(6, 12):
-        assert any(shape.holds(2**power, 3, 2**power - 2) and shape.num_tokens == 2**power for shape in shapes)
+        assert any(shape.holds(2**power, 2**power - 2, 3) and shape.num_tokens == 2**power for shape in shapes)
     assert LEAST_SHARE == 2**6
 
 
@@ -158,7 +158,7 @@ def test_chunks_that_cannot_be_captured_are_left_to_others() -> None:
 
 GPU = torch.device("cuda", 0)
 NUM_SLOTS = 40
-SHAPES = (Shape(64, 1, 64), Shape(128, 8, 128), Shape(512, 4, 512), Shape(512, 32, 128))
+SHAPES = (Shape(64, 64, 1), Shape(128, 128, 8), Shape(512, 512, 4), Shape(512, 128, 32))
 
 
 @pytest.fixture
