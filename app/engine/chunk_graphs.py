@@ -73,9 +73,8 @@ class ChunkGraphs:
         self._missing = ascending[-1:] + ascending[:-1]
         # token ids, the slots of chunks, and where the chunks begin and end
         self._inputs: dict[Shape, Tensor] = {}
+        # the cheapest first
         self._graphs: dict[Shape, Captured[None]] = {}
-        # those that there are, the cheapest first
-        self._captured: list[Shape] = []
 
     @property
     def can_run(self) -> bool:
@@ -89,7 +88,7 @@ class ChunkGraphs:
         """
         longest = max(end - begin for begin, end in pairwise(bounds))
         size = (len(tokens), longest, len(slots))
-        shape = next((shape for shape in self._captured if shape.holds(*size)), None)
+        shape = next((shape for shape in self._graphs if shape.holds(*size)), None)
         if shape is None:
             return False
         num_empty = shape.num_chunks - len(slots)
@@ -112,8 +111,7 @@ class ChunkGraphs:
         )
         if captured is not None:
             self._inputs[shape] = inputs
-            self._graphs[shape] = captured
-            self._captured = sorted(self._graphs)
+            self._graphs = dict(sorted([*self._graphs.items(), (shape, captured)]))
             # the first replay of a graph takes longer than all that follow
             captured.graph.replay()
         return True
