@@ -58,5 +58,5 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
             mixer.inner_norm_eps,
         )
         norm = layers[index + 1].norm if index + 1 < len(layers) else model.norm_f
-        gained = ops.project_out(step, y, mixer.out_proj.weight, mixer.out_proj.bias, norm.weight, residual)
+        gained, residual = ops.project_out(step, y, mixer.out_proj.weight, mixer.out_proj.bias, norm.weight, residual)
     return ops.finish(step, gained)

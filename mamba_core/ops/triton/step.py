@@ -13,27 +13,23 @@ import triton
 from torch import Tensor
 
 from mamba_core.ops.triton.conv import convolve_step
-from mamba_core.ops.triton.norm import rms_norm
-from mamba_core.ops.triton.step_kernels import (
-    advance_kernel,
-    delta_kernel,
-    embed_kernel,
-    finish_kernel,
+from mamba_core.ops.triton.norm import rms_norm, rms_norm_residual
+from mamba_core.ops.triton.step_kernels import embed_kernel, finish_kernel
+from mamba_core.ops.triton.step_matvec_kernels import matvec_in_kernel, matvec_out_kernel
+from mamba_core.ops.triton.step_product_kernels import (
     gather_kernel,
-    matvec_in_kernel,
-    matvec_out_kernel,
     product_in_kernel,
+    product_out_kernel,
     product_shared_kernel,
 )
+from mamba_core.ops.triton.step_state_kernels import advance_row_kernel, advance_rows_kernel
 
 # rows up to which a product multiplies row by row while its weights stream by
 _VERY_FEW_ROWS = 2
+# rows up to which the programs of a product can also make the norm behind it
+_FEW_ROWS = 16
 # rows up to which our own products stream the weights faster than the library's do
-_FEW_ROWS = 64
-# the same for the second product of a layer, whose few outputs leave the library's too little to share out
-_NARROW = 1024
-# programs that share out the inputs of a product with few outputs
-_SHARES = 8
+_SOME_ROWS = 64
 # tiles whose programs count themselves: more than there are in any product
 MAX_TILES = 8192
 
@@ -58,6 +54,17 @@ class Step:
     @property
     def num_rows(self) -> int:
         return self.slots.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program multiplies: rows, outputs, inputs in all and at a time, and how many tiles are on their way."""
+
+    rows: int
+    outputs: int
+    share: int
+    inputs: int
+    stages: int
 
 
 @cache
@@ -103,7 +110,7 @@ def project_in(
     rows, (width, size) = step.num_rows, (weight.shape[0], weight.shape[1])
     dim, taps_width = taps.shape
     y = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
-    if rows > _FEW_ROWS:
+    if rows > _SOME_ROWS:
         torch.mm(x.values, weight.T, out=y)
         if bias is not None:
             y += bias
@@ -111,6 +118,8 @@ def project_in(
         convolve_step(x_half, taps, conv_bias, conv_state, step.slots, x_half)
         return y
     arguments = (
+        x.values,
+        x.squares,
         weight,
         weight if bias is None else bias,
         taps,
@@ -123,20 +132,18 @@ def project_in(
         "K": taps_width,
         "HAS_BIAS": bias is not None,
         "HAS_CONV_BIAS": conv_bias is not None,
+        "PARTS": x.parts,
+        "BLOCK_P": triton.next_power_of_2(max(x.parts, 1)),
         **_launch(weight.device),
     }
     if rows <= _VERY_FEW_ROWS:
         matvec_in_kernel[(triton.cdiv(width, 4),)](
-            x.values,
-            x.squares,
             *arguments,
             size,
             width,
             dim,
             conv_state.stride(0),
             step.eps,
-            PARTS=x.parts,
-            BLOCK_P=triton.next_power_of_2(max(x.parts, 1)),
             ROWS=rows,
             BLOCK_R=triton.next_power_of_2(rows),
             BLOCK_N=4,
@@ -145,36 +152,38 @@ def project_in(
             **_tiles(size),
             **options,
         )
-    else:
-        block_b, block_k = _block_rows(rows, width), _block_inputs(size)
-        product_in_kernel[(triton.cdiv(rows, block_b), triton.cdiv(width, 64))](
-            x.values,
-            *arguments,
-            rows,
-            size,
-            width,
-            dim,
-            conv_state.stride(0),
-            BLOCK_B=block_b,
-            BLOCK_N=64,
-            BLOCK_K=block_k,
-            EVEN=size % block_k == 0,
-            num_warps=4,
-            num_stages=6 if block_b * block_k <= 64 * 128 else 4,
-            **options,
-        )
+        return y
+    tile = _tile_in(rows, size, width)
+    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.outputs))
+    product_in_kernel[grid](
+        *arguments,
+        rows,
+        size,
+        width,
+        dim,
+        conv_state.stride(0),
+        step.eps,
+        EARLY=rows <= _FEW_ROWS,
+        BLOCK_B=tile.rows,
+        BLOCK_N=tile.outputs,
+        BLOCK_K=tile.inputs,
+        EVEN=size % tile.inputs == 0,
+        num_warps=4,
+        num_stages=tile.stages,
+        **options,
+    )
     return y
 
 
 def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
     """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 for few rows; weight [R + 2 N, D]."""
     rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
-    if rows > _FEW_ROWS:
+    if rows > _SOME_ROWS:
         return torch.mm(xz[:, :dim], weight.T)
     if rows <= _VERY_FEW_ROWS:
         return _multiply_rows(xz, weight, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
     y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
-    _share_out(step, xz, weight, 64 if dim >= 4096 else 16, 16, y)
+    _share_out(step, xz, weight, _tile_shared(rows, dim, 16, 8), y)
     return y
 
 
@@ -192,68 +201,59 @@ def advance(
     """dt_proj, the recurrence and the gate: y [B, D] from xz [B, 2 D] and low [B, R + 2 N]."""
     rows, (dim, rank), states = step.num_rows, (dt_weight.shape[0], dt_weight.shape[1]), A.shape[1]
     y = torch.empty((rows, dim), dtype=xz.dtype, device=xz.device)
-    shape = {
+    arguments = (dt_weight, dt_bias, A, D, y, ssm_state, step.slots)
+    sizes = (dim, ssm_state.stride(0), inner_eps or 0.0)
+    options = {
         "R": rank,
         "BLOCK_R": max(16, triton.next_power_of_2(rank)),
+        "N": states,
+        "BLOCK_N": triton.next_power_of_2(states),
         "NORM": inner_eps is not None,
         **_launch(xz.device),
     }
-    eps = inner_eps or 0.0
-    is_fused = rows <= _VERY_FEW_ROWS
-    if is_fused:
-        delta = low
-    elif rows > _FEW_ROWS:
+    own_delta = rows <= _VERY_FEW_ROWS
+    if _VERY_FEW_ROWS < rows <= _SOME_ROWS:
+        grid = (triton.cdiv(dim, 32), triton.cdiv(rows, 8))
+        advance_rows_kernel[grid](xz, low, *arguments, rows, *sizes, BLOCK_B=8, BLOCK_D=32, num_warps=4, **options)
+        return y
+    delta = low
+    if not own_delta:
         dt = low[:, :rank] if inner_eps is None else rms_norm(low[:, :rank], None, inner_eps)
         delta = torch.mm(dt, dt_weight.T)
-    else:
-        delta = torch.empty((rows, dim), dtype=torch.float32, device=xz.device)
-        delta_kernel[(triton.cdiv(dim, 64), triton.cdiv(rows, 16))](
-            low,
-            dt_weight,
-            dt_bias,
-            delta,
-            rows,
-            dim,
-            eps,
-            WIDTH=low.shape[1],
-            BLOCK_B=16,
-            BLOCK_D=64,
-            num_warps=4,
-            **shape,
-        )
-    block = 32 if is_fused else 128
-    advance_kernel[(triton.cdiv(dim, block), rows)](
+    block = 32 if own_delta else 128
+    advance_row_kernel[(triton.cdiv(dim, block), rows)](
         xz,
         low,
         delta,
-        dt_weight,
-        dt_bias,
-        A,
-        D,
-        y,
-        ssm_state,
-        step.slots,
-        dim,
-        ssm_state.stride(0),
-        eps,
-        N=states,
-        BLOCK_N=triton.next_power_of_2(states),
-        OWN_DELTA=is_fused,
-        RAW_DELTA=rows > _FEW_ROWS,
+        *arguments,
+        *sizes,
+        OWN_DELTA=own_delta,
         BLOCK_D=block,
-        num_warps=8 if is_fused and dim >= 4096 else 4,
-        **shape,
+        num_warps=8 if own_delta and dim >= 4096 else 4,
+        **options,
     )
     return y
 
 
-def project_out(step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor) -> Gained:
-    """residual [B, H] += out_proj of y [B, D], and its norm with ``gain``; weight [H, D]."""
+def project_out(
+    step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor
+) -> tuple[Gained, Tensor]:
+    """The norm with ``gain`` of residual [B, H] + out_proj of y [B, D], and that sum, which may be where the residual
+    was; weight [H, D].
+    """
     rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
-    if rows > _VERY_FEW_ROWS:
-        return _project_out_rows(step, y, weight, bias, gain, residual)
-    parts = triton.cdiv(width, 4)
     values = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
+    if rows > _SOME_ROWS:
+        product = torch.mm(y, weight.T, out=values)
+        if bias is not None:
+            product += bias
+        values, residual = rms_norm_residual(product, residual, gain, step.eps)
+        return Gained(values, residual, 0), residual
+    if rows > _FEW_ROWS:
+        return _project_out_and_gather(step, y, weight, bias, gain, residual, values), residual
+    if rows > _VERY_FEW_ROWS:
+        return _project_out_rows(step, y, weight, bias, gain, residual, values), residual
+    parts = triton.cdiv(width, 4)
     squares = torch.empty((parts, rows), dtype=torch.float32, device=weight.device)
     matvec_out_kernel[(parts,)](
         y,
@@ -273,7 +273,7 @@ def project_out(step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain
         **_tiles(dim),
         **_launch(weight.device),
     )
-    return Gained(values, squares, parts)
+    return Gained(values, squares, parts), residual
 
 
 def finish(step: Step, x: Gained) -> Tensor:
@@ -285,11 +285,11 @@ def finish(step: Step, x: Gained) -> Tensor:
         x.values,
         x.squares,
         y,
+        step.num_rows,
         y.shape[1],
         step.eps,
         PARTS=x.parts,
         BLOCK_P=triton.next_power_of_2(x.parts),
-        ROWS=step.num_rows,
         BLOCK_H=triton.next_power_of_2(y.shape[1]),
         num_warps=4,
         **_launch(y.device),
@@ -341,14 +341,37 @@ def _multiply_rows(x: Tensor, weight: Tensor, rows: int, *, x_row: int, block: i
 
 
 def _project_out_rows(
-    step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor
+    step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
 ) -> Gained:
-    rows, width = step.num_rows, weight.shape[0]
-    values = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
-    if rows <= _FEW_ROWS or width <= _NARROW:
-        product = _share_out(step, y, weight, 64, _block_rows(rows, 0), None)
-    else:
-        product = torch.mm(y, weight.T, out=values)[None]
+    rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
+    tile = _tile_shared(rows, dim, 64, 5)
+    grid, share = _shares(tile, rows, width, dim, weight.device)
+    squares = torch.empty((grid[1], rows), dtype=torch.float32, device=weight.device)
+    product_out_kernel[grid](
+        y,
+        weight,
+        gain if bias is None else bias,
+        gain,
+        residual,
+        values,
+        squares,
+        share,
+        step.counters,
+        rows,
+        dim,
+        width,
+        HAS_BIAS=bias is not None,
+        **_options(tile, grid, dim),
+        **_launch(weight.device),
+    )
+    return Gained(values, squares, grid[1])
+
+
+def _project_out_and_gather(
+    step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
+) -> Gained:
+    rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
+    product = _share_out(step, y, weight, _tile_shared(rows, dim, 64, 8), None)
     gather_kernel[(rows,)](
         product,
         gain if bias is None else bias,
@@ -361,43 +384,66 @@ def _project_out_rows(
         SHARES=product.shape[0],
         HAS_BIAS=bias is not None,
         BLOCK_H=triton.next_power_of_2(width),
-        num_warps=8 if rows <= _FEW_ROWS else 4,
+        num_warps=8,
         **_launch(weight.device),
     )
     return Gained(values, residual, 0)
 
 
-def _share_out(step: Step, x: Tensor, weight: Tensor, block_n: int, block_b: int, total: Tensor | None) -> Tensor:
+def _share_out(step: Step, x: Tensor, weight: Tensor, tile: Tile, total: Tensor | None) -> Tensor:
     """x [B, in] W^T in shares of the inputs, [shares, B, out] fp32, and their sum in ``total`` [B, out] if given."""
     rows, (width, size) = step.num_rows, (weight.shape[0], weight.shape[1])
-    share = triton.cdiv(triton.cdiv(size, _SHARES), 64) * 64
-    shares = triton.cdiv(size, share)
-    grid = (triton.cdiv(rows, block_b), triton.cdiv(width, block_n), shares)
-    assert grid[0] * grid[1] <= MAX_TILES
-    product = torch.empty((shares, rows, width), dtype=torch.float32, device=weight.device)
-    block_k = 128 if share % 128 == 0 and block_b < 64 else 64
+    grid, share = _shares(tile, rows, width, size, weight.device)
     product_shared_kernel[grid](
         x,
         weight,
-        product if total is None else total,
-        product,
+        share if total is None else total,
+        share,
         step.counters,
         rows,
         x.stride(0),
         size,
         width,
-        SHARE=share,
-        SHARES=shares,
         SUM=total is not None,
-        BLOCK_B=block_b,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        EVEN=size % share == 0,
-        num_warps=4,
-        num_stages=4,
+        **_options(tile, grid, size),
         **_launch(weight.device),
     )
-    return product
+    return share
+
+
+def _shares(tile: Tile, rows: int, width: int, size: int, device: torch.device) -> tuple[tuple[int, int, int], Tensor]:
+    """The programs of a product whose inputs are shared out, and room for what they make."""
+    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.outputs), triton.cdiv(size, tile.share))
+    assert grid[0] * grid[1] <= MAX_TILES
+    return grid, torch.empty((grid[2], rows, width), dtype=torch.float32, device=device)
+
+
+def _options(tile: Tile, grid: tuple[int, int, int], size: int) -> dict[str, int | bool]:
+    return {
+        "SHARE": tile.share,
+        "SHARES": grid[2],
+        "BLOCK_B": tile.rows,
+        "BLOCK_N": tile.outputs,
+        "BLOCK_K": tile.inputs,
+        "EVEN": size % tile.share == 0 and tile.share % tile.inputs == 0,
+        "num_warps": 4,
+        "num_stages": tile.stages,
+    }
+
+
+def _tile_in(rows: int, size: int, width: int) -> Tile:
+    block = _block_rows(rows)
+    # smaller tiles where there would be too few to keep the chip busy
+    if width <= 64 * 132:
+        block = min(block, 32)
+    inputs = 128 if size % 128 == 0 or size > 512 else 64
+    return Tile(block, 64, size, inputs, 6 if block < 64 else 4)
+
+
+def _tile_shared(rows: int, size: int, outputs: int, shares: int) -> Tile:
+    block = _block_rows(rows)
+    share = triton.cdiv(triton.cdiv(size, shares), 64) * 64
+    return Tile(block, outputs, share, 128 if block < 64 else 64, 4)
 
 
 def _tiles(size: int) -> dict[str, int | bool]:
@@ -409,11 +455,6 @@ def _tiles(size: int) -> dict[str, int | bool]:
     return {"BLOCK_K": triton.next_power_of_2(size), "STEPS": 1, "EXACT": False}
 
 
-def _block_rows(rows: int, width: int) -> int:
-    """Rows of a tile: all of them, unless the outputs make too few tiles to keep the chip busy."""
-    block = min(max(16, triton.next_power_of_2(rows)), 64)
-    return min(block, 32) if 0 < width <= 64 * 132 else block
-
-
-def _block_inputs(size: int) -> int:
-    return 128 if size % 128 == 0 or size > 512 else 64
+def _block_rows(rows: int) -> int:
+    """Rows of a tile: all of them, up to 64."""
+    return min(max(16, triton.next_power_of_2(rows)), 64)
