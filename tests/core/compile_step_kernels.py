@@ -15,7 +15,8 @@ ROWS = {"ROWS": 2, "BLOCK_R": 2, "BLOCK_N": 4, "BLOCK_K": 512, "STEPS": 5, "EXAC
 TILE = {"BLOCK_B": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EVEN": True}
 IN = {"K": 4, "HAS_BIAS": False, "HAS_CONV_BIAS": True, "PARTS": 640, "BLOCK_P": 1024}
 SHARED = {"SHARE": 640, "SHARES": 8}
-STATES = {"R": 160, "BLOCK_R": 256, "NORM": True, "N": 16, "BLOCK_N": 16, "BLOCK_D": 32}
+LOW = {"R": 160, "BLOCK_R": 256, "NORM": True}
+STATES = {"N": 16, "BLOCK_N": 16, "BLOCK_D": 32}
 
 # kernel and constants; all with PDL, which has instructions of its own
 KERNELS: list[tuple[str, dict[str, Any]]] = [
@@ -32,16 +33,15 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("product_out_kernel", TILE | SHARED | {"HAS_BIAS": False}),
     ("gather_kernel", {"SHARES": 8, "HAS_BIAS": False, "BLOCK_H": 4096}),
     ("finish_kernel", {"PARTS": 640, "BLOCK_P": 1024, "BLOCK_H": 4096}),
-    ("advance_row_kernel", STATES | {"OWN_DELTA": True}),
-    ("advance_row_kernel", STATES | {"OWN_DELTA": False}),
-    ("advance_rows_kernel", STATES | {"BLOCK_B": 8}),
+    ("delta_kernel", LOW | {"WIDTH": 192, "BLOCK_B": 16, "BLOCK_D": 64}),
+    ("advance_kernel", LOW | STATES | {"OWN_DELTA": True, "RAW_DELTA": False}),
+    ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True}),
 ]
 TYPES = {
     **dict.fromkeys(("slots_ptr", "tokens_ptr"), "*i64"),
-    **dict.fromkeys(("squares_ptr", "residual_ptr", "low_ptr", "a_ptr", "d_ptr", "share_ptr"), "*fp32"),
+    **dict.fromkeys(("squares_ptr", "residual_ptr", "low_ptr", "delta_ptr", "a_ptr", "d_ptr", "share_ptr"), "*fp32"),
     "count_ptr": "*i32",
 }
-ADVANCE_TYPES = {"state_ptr": "*fp32"}
 
 
 def _stores_before_barrier(code: str) -> int:
@@ -52,7 +52,7 @@ def _stores_before_barrier(code: str) -> int:
 def compile_all() -> Iterator[dict[str, Any]]:
     for name, constants in KERNELS:
         kernel = next(getattr(module, name) for module in MODULES if hasattr(module, name))
-        types = TYPES | ADVANCE_TYPES if name.startswith("advance") else TYPES
+        types = TYPES | {"state_ptr": "*fp32"} if name == "advance_kernel" else TYPES
         source = source_of(kernel, constants | {"PDL": True}, types, unaligned=frozenset({"num_rows"}))
         compiled = compiled_for_hopper(source, num_warps=4, launch_pdl=True)
         assembly = compiled.asm["ptx"]

@@ -37,7 +37,7 @@ def test_products_of_several_rows_use_the_matrix_units(compiled: list[dict[str, 
         "product_in_kernel",
         "product_shared_kernel",
         "product_out_kernel",
-        "advance_rows_kernel",
+        "delta_kernel",
     ]
 
 
@@ -47,8 +47,7 @@ def test_no_number_of_rows_is_compiled_for(compiled: list[dict[str, Any]]) -> No
 
 def test_nothing_is_overwritten_before_every_thread_has_read_it(compiled: list[dict[str, Any]]) -> None:
     # an element of a small tile lies in several threads, and the compiler may let others store it than those that read
-    rewriting = {"matvec_in_kernel", "matvec_out_kernel", "product_in_kernel", "gather_kernel"}
-    rewriting |= {"advance_row_kernel", "advance_rows_kernel"}
+    rewriting = {"matvec_in_kernel", "matvec_out_kernel", "product_in_kernel", "gather_kernel", "advance_kernel"}
     # the first of each kernel: without a convolution ``matvec_in_kernel`` overwrites nothing
     early = {record["kernel"]: record["stores_before_barrier"] for record in reversed(compiled)}
     assert {name: early[name] for name in rewriting} == dict.fromkeys(rewriting, 0)

@@ -22,12 +22,12 @@ from mamba_core.ops.triton.step_product_kernels import (
     product_out_kernel,
     product_shared_kernel,
 )
-from mamba_core.ops.triton.step_state_kernels import advance_row_kernel, advance_rows_kernel
+from mamba_core.ops.triton.step_state_kernels import advance_kernel, delta_kernel
 
 # rows up to which a product multiplies row by row while its weights stream by
 _VERY_FEW_ROWS = 2
 # rows up to which the programs of a product can also make the norm behind it
-_FEW_ROWS = 16
+_FEW_ROWS = 32
 # rows up to which our own products stream the weights faster than the library's do
 _SOME_ROWS = 64
 # tiles whose programs count themselves: more than there are in any product
@@ -201,36 +201,57 @@ def advance(
     """dt_proj, the recurrence and the gate: y [B, D] from xz [B, 2 D] and low [B, R + 2 N]."""
     rows, (dim, rank), states = step.num_rows, (dt_weight.shape[0], dt_weight.shape[1]), A.shape[1]
     y = torch.empty((rows, dim), dtype=xz.dtype, device=xz.device)
-    arguments = (dt_weight, dt_bias, A, D, y, ssm_state, step.slots)
-    sizes = (dim, ssm_state.stride(0), inner_eps or 0.0)
-    options = {
+    shape = {
         "R": rank,
         "BLOCK_R": max(16, triton.next_power_of_2(rank)),
-        "N": states,
-        "BLOCK_N": triton.next_power_of_2(states),
         "NORM": inner_eps is not None,
         **_launch(xz.device),
     }
+    eps = inner_eps or 0.0
     own_delta = rows <= _VERY_FEW_ROWS
-    if _VERY_FEW_ROWS < rows <= _SOME_ROWS:
-        grid = (triton.cdiv(dim, 32), triton.cdiv(rows, 8))
-        advance_rows_kernel[grid](xz, low, *arguments, rows, *sizes, BLOCK_B=8, BLOCK_D=32, num_warps=4, **options)
-        return y
-    delta = low
-    if not own_delta:
+    if own_delta:
+        delta = low
+    elif rows > _SOME_ROWS:
         dt = low[:, :rank] if inner_eps is None else rms_norm(low[:, :rank], None, inner_eps)
         delta = torch.mm(dt, dt_weight.T)
+    else:
+        delta = torch.empty((rows, dim), dtype=torch.float32, device=xz.device)
+        delta_kernel[(triton.cdiv(dim, 64), triton.cdiv(rows, 16))](
+            low,
+            dt_weight,
+            dt_bias,
+            delta,
+            rows,
+            dim,
+            eps,
+            WIDTH=low.shape[1],
+            BLOCK_B=16,
+            BLOCK_D=64,
+            num_warps=4,
+            **shape,
+        )
     block = 32 if own_delta else 128
-    advance_row_kernel[(triton.cdiv(dim, block), rows)](
+    advance_kernel[(triton.cdiv(dim, block), rows)](
         xz,
         low,
         delta,
-        *arguments,
-        *sizes,
+        dt_weight,
+        dt_bias,
+        A,
+        D,
+        y,
+        ssm_state,
+        step.slots,
+        dim,
+        ssm_state.stride(0),
+        eps,
+        N=states,
+        BLOCK_N=triton.next_power_of_2(states),
         OWN_DELTA=own_delta,
+        RAW_DELTA=rows > _SOME_ROWS,
         BLOCK_D=block,
         num_warps=8 if own_delta and dim >= 4096 else 4,
-        **options,
+        **shape,
     )
     return y
 
