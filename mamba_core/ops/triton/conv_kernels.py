@@ -156,12 +156,15 @@ def conv_step_kernel(
     acc = x.to(tl.float32) * tl.load(weight_ptr + d * K + K - 1, mask=mask_d, other=0.0).to(tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
+    # a read behind a write would wait for it, since they might be of the same address
+    columns = ()
     for k in tl.static_range(K - 1):
-        old = tl.load(home + k, mask=mask_d, other=0.0)
+        columns += (tl.load(home + k, mask=mask_d, other=0.0),)
+    for k in tl.static_range(K - 1):
         w = tl.load(weight_ptr + d * K + k, mask=mask_d, other=0.0).to(tl.float32)
-        acc += old.to(x_ptr.dtype.element_ty).to(tl.float32) * w
-        if k > 0:
-            tl.store(home + k - 1, old, mask=mask_d)
+        acc += columns[k].to(x_ptr.dtype.element_ty).to(tl.float32) * w
+    for k in tl.static_range(1, K - 1):
+        tl.store(home + k - 1, columns[k], mask=mask_d)
     tl.store(home + K - 2, x.to(state_ptr.dtype.element_ty), mask=mask_d)
     y = acc * sigmoid(acc)
     tl.store(y_ptr + row * y_stride + d, y.to(y_ptr.dtype.element_ty), mask=mask_d)
