@@ -22,17 +22,35 @@ def await_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
-def shift_state(home, newest, mask, K: tl.constexpr):
-    """Move the K-1 inputs at ``home`` on by one, once every thread of the program has read them.
+def recall(home, mask, K: tl.constexpr):
+    """The K-1 inputs kept at ``home``, the oldest first."""
+    columns = ()
+    for j in tl.static_range(K - 1):
+        columns += (tl.load(home + j, mask=mask, other=0.0),)
+    return columns
+
+
+@triton.jit
+def weigh(columns, n, dim, taps_ptr, bias_ptr, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """What ``recall``'s inputs add to the convolution of channels n [BLOCK_N], and the weights of what comes newest."""
+    mask = n < dim
+    past = tl.zeros_like(columns[0]).to(tl.float32)
+    for j in tl.static_range(K - 1):
+        past += columns[j].to(tl.float32) * tl.load(taps_ptr + n * K + j, mask=mask, other=0.0).to(tl.float32)[:, None]
+    if HAS_BIAS:
+        past += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)[:, None]
+    return past, tl.load(taps_ptr + n * K + K - 1, mask=mask, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def shift_state(home, columns, newest, mask, K: tl.constexpr):
+    """Move the inputs at ``home`` on by one, once every thread of the program has read them.
 
     Several threads may hold the same element of a small tile, and one that is late must not read what has been moved.
     """
-    columns = ()
-    for j in tl.static_range(1, K - 1):
-        columns += (tl.load(home + j, mask=mask, other=0.0),)
     tl.debug_barrier()
     for j in tl.static_range(1, K - 1):
-        tl.store(home + j - 1, columns[j - 1], mask=mask)
+        tl.store(home + j - 1, columns[j], mask=mask)
     tl.store(home + K - 2, newest, mask=mask)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from mamba_core.ops.triton.math import sigmoid
-from mamba_core.ops.triton.step_kernels import await_inputs, shift_state
+from mamba_core.ops.triton.step_kernels import await_inputs, recall, shift_state, weigh
 
 
 @triton.jit
@@ -117,36 +117,31 @@ def matvec_in_kernel(
     mask = mask_n[:, None] & mask_r[None, :]
     w0, w1, w2, w3, w4 = fetch_rows(w_ptr, n, in_width, out_width, BLOCK_K, STEPS, EXACT)
     is_convolved = tl.program_id(0) * BLOCK_N < dim
-    past = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
-    newest = tl.zeros([BLOCK_N], dtype=tl.float32)
-    home = state_ptr + n[:, None] * K + r[None, :] * 0
     if K > 0:
         slots = tl.load(slots_ptr + r, mask=mask_r, other=0)
         home = state_ptr + slots[None, :] * state_stride + n[:, None] * (K - 1)
-        if is_convolved:
-            if HAS_CONV_BIAS:
-                past += tl.load(conv_bias_ptr + n).to(tl.float32)[:, None]
-            for j in tl.static_range(K - 1):
-                old = tl.load(home + j, mask=mask_r[None, :], other=0.0)
-                past += old.to(tl.float32) * tl.load(taps_ptr + n * K + j).to(tl.float32)[:, None]
-            newest = tl.load(taps_ptr + n * K + K - 1).to(tl.float32)
+        mask_past = (n < dim)[:, None] & mask_r[None, :]
+        columns = recall(home, mask_past, K)
+        past, newest_taps = weigh(columns, n, dim, taps_ptr, conv_bias_ptr, K, HAS_CONV_BIAS)
     await_inputs(PDL)
+    if PARTS > 0:
+        # on their way while the product is made
+        p = tl.arange(0, BLOCK_P)
+        shares_ptr = squares_ptr + p[:, None] * ROWS + r[None, :]
+        shares = tl.load(shares_ptr, mask=(p < PARTS)[:, None] & mask_r[None, :], other=0.0)
     y = multiply_rows(
         w0, w1, w2, w3, w4, x_ptr, in_width * X_ROW, in_width, ROWS, BLOCK_R, BLOCK_N, BLOCK_K, STEPS, EXACT
     )
     if PARTS > 0:
-        p = tl.arange(0, BLOCK_P)
-        shares = squares_ptr + p[:, None] * ROWS + r[None, :]
-        squares = tl.sum(tl.load(shares, mask=(p < PARTS)[:, None] & mask_r[None, :], other=0.0), axis=0)
-        y = y / tl.sqrt(squares / in_width + eps)[None, :]
+        y = y / tl.sqrt(tl.sum(shares, axis=0) / in_width + eps)[None, :]
     if HAS_BIAS:
         y += tl.load(w_bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     if K > 0:  # noqa: SIM102  known to the compiler, the other is not
         if is_convolved:
-            kept = y.to(state_ptr.dtype.element_ty)
-            shift_state(home, kept, mask_r[None, :], K)
-            y = past + kept.to(tl.float32) * newest[:, None]
+            newest = y.to(state_ptr.dtype.element_ty)
+            y = past + newest.to(tl.float32) * newest_taps
             y = y * sigmoid(y)
+            shift_state(home, columns, newest, mask_past, K)
     y_ptrs = y_ptr + r.to(tl.int64)[None, :] * out_width + n[:, None]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 

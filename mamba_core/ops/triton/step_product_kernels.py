@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from mamba_core.ops.triton.math import sigmoid
-from mamba_core.ops.triton.step_kernels import await_inputs, shift_state
+from mamba_core.ops.triton.step_kernels import await_inputs, recall, shift_state, weigh
 
 
 @triton.jit
@@ -46,28 +46,6 @@ def multiply(
             x = tl.load(x_ptrs + start, mask=mask_b[None, :] & mask_k[:, None], other=0.0)
         acc = tl.dot(w, x, acc)
     return acc
-
-
-@triton.jit
-def remember(
-    past_ptr,
-    n,
-    mask_b,
-    taps_ptr,
-    conv_bias_ptr,
-    K: tl.constexpr,
-    HAS_CONV_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """What the inputs before this one add to a convolution, [BLOCK_N, BLOCK_B]."""
-    past = tl.zeros([BLOCK_N, BLOCK_B], dtype=tl.float32)
-    for j in tl.static_range(K - 1):
-        old = tl.load(past_ptr + j, mask=mask_b[None, :], other=0.0)
-        past += old.to(tl.float32) * tl.load(taps_ptr + n * K + j).to(tl.float32)[:, None]
-    if HAS_CONV_BIAS:
-        past += tl.load(conv_bias_ptr + n).to(tl.float32)[:, None]
-    return past
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])
@@ -112,10 +90,10 @@ def product_in_kernel(
     is_convolved = tl.program_id(1) * BLOCK_N < dim
     slots = tl.load(slots_ptr + b, mask=mask_b, other=0)
     home = state_ptr + slots[None, :] * state_stride + n[:, None] * (K - 1)
-    past = tl.zeros([BLOCK_N, BLOCK_B], dtype=tl.float32)
-    if EARLY:  # noqa: SIM102  known to the compiler, the other is not
-        if is_convolved:
-            past = remember(home, n, mask_b, taps_ptr, conv_bias_ptr, K, HAS_CONV_BIAS, BLOCK_N, BLOCK_B)
+    mask_past = (n < dim)[:, None] & mask_b[None, :]
+    if EARLY:
+        columns = recall(home, mask_past, K)
+        past, newest_taps = weigh(columns, n, dim, taps_ptr, conv_bias_ptr, K, HAS_CONV_BIAS)
     await_inputs(PDL)
     if PARTS > 0:
         # on their way while the product is made
@@ -128,13 +106,14 @@ def product_in_kernel(
         acc = acc / tl.sqrt(tl.sum(shares, axis=0) / in_width + eps)[None, :]
     if HAS_BIAS:
         acc += tl.load(w_bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if not EARLY:
+        columns = recall(home, mask_past, K)
+        past, newest_taps = weigh(columns, n, dim, taps_ptr, conv_bias_ptr, K, HAS_CONV_BIAS)
     if is_convolved:
-        if not EARLY:
-            past = remember(home, n, mask_b, taps_ptr, conv_bias_ptr, K, HAS_CONV_BIAS, BLOCK_N, BLOCK_B)
-        kept = acc.to(state_ptr.dtype.element_ty)
-        shift_state(home, kept, mask_b[None, :], K)
-        acc = past + kept.to(tl.float32) * tl.load(taps_ptr + n * K + K - 1).to(tl.float32)[:, None]
+        newest = acc.to(state_ptr.dtype.element_ty)
+        acc = past + newest.to(tl.float32) * newest_taps
         acc = acc * sigmoid(acc)
+        shift_state(home, columns, newest, mask_past, K)
     y_ptrs = y_ptr + b.to(tl.int64)[None, :] * out_width + n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_b[None, :])
 
