@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mamba_core import single_step
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import step as ops
@@ -35,6 +36,8 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
 
     counters: [MAX_TILES] int32 zeros, which are zero again afterwards; no two steps may use them at once.
     """
+    if len(tokens) == 1 and single_step.is_applicable(model):
+        return single_step.single_step(model, tokens, slots, cache, counters)
     layers = cast(list[MambaBlock], model.layers)
     # made, where they have to be made, before the first kernel: the others read them while their predecessor still runs
     decays = [layer.mixer.A() for layer in layers]

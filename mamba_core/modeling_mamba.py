@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from mamba_core.loss import IGNORED_LABEL, cross_entropy, cross_entropy_in_piece
 from mamba_core.mixer import MambaMixer, MambaRMSNorm, init_mixer
 from mamba_core.ops import Packing
 from mamba_core.padding import PaddedRows
+
+if TYPE_CHECKING:
+    from mamba_core.ops.triton.persistent_step import Weights
 
 # arguments that generate(), Trainer and pipelines pass to any model and that mean nothing to one without attention
 _MEANINGLESS = {"position_ids", "cache_position", "token_type_ids", "output_attentions"}
@@ -110,6 +113,8 @@ class MambaModel(MambaPreTrainedModel):
         self.layers = nn.ModuleList([MambaBlock(config) for _ in range(config.num_hidden_layers)])
         self.norm_f = MambaRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        # where a step of one sequence has last found them
+        self.located_weights: Weights | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -1,0 +1,195 @@
+"""One token of one sequence through all layers in a single launch, where weights are large enough for it to pay.
+
+The launch takes the weights of all layers by their addresses, which are kept in a table on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+from mamba_core.ops.triton.persistent_step_kernel import persistent_step_kernel
+
+# columns of which a stage holds whole tiles; the least a product must be wide
+_TILE = 512
+# shared memory of a multiprocessor that the ring may take
+_RING_BYTES = 208 * 1024
+_MAX_STAGES = 12
+# warps that multiply, and rows of a stage for each share of them
+_WARPS = 8
+_GROUPS = 1
+# warps that copy, and how much they have on its way at a time: what is more than keeps memory busy stands before the
+# loads that all programs wait for (2.8b on an H200: 1.41 ms with 40 KiB, 1.50 with 60, 1.62 with 140)
+_COPIERS = 4
+_BYTES_AHEAD = 40 * 1024
+# beyond these what a program holds does not fit its registers
+_MAX_WIDTH = 4096
+_MAX_CHANNELS = 64
+# of each of which a thread of a warp holds eight squares
+_MAX_PROGRAMS = 256
+_SKIP_DTYPES = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """The weights of a layer, in the order of the kernel's table; ``gain`` is that of the norm that follows it.
+
+    in_proj [2 D, H], x_proj [R + 2 N, D], out_proj [H, D], taps [D, K], dt_proj [D, R], decay [D, N] fp32; all else
+    bfloat16 but for skip [D], which may be fp32.
+    """
+
+    in_proj: Tensor
+    x_proj: Tensor
+    out_proj: Tensor
+    taps: Tensor
+    conv_bias: Tensor | None
+    dt_proj: Tensor
+    dt_bias: Tensor
+    decay: Tensor
+    skip: Tensor
+    gain: Tensor
+    in_bias: Tensor | None
+    out_bias: Tensor | None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of all layers and where they lie: table [layers, 12] int64 addresses on their device."""
+
+    layers: tuple[LayerWeights, ...]
+    addresses: tuple[int, ...]
+    table: Tensor
+
+
+def is_applicable(layer: LayerWeights) -> bool:
+    """Whether the kernel can run, for layers of such weights."""
+    width, (dim, taps) = layer.in_proj.shape[1], layer.taps.shape
+    rank, states = layer.dt_proj.shape[1], layer.decay.shape[1]
+    device = layer.in_proj.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    return (
+        layer.in_proj.dtype == torch.bfloat16
+        and layer.skip.dtype in _SKIP_DTYPES
+        and dim == 2 * width
+        and width % _TILE == 0
+        and width <= _MAX_WIDTH
+        and rank % 8 == 0
+        and states % 4 == 0
+        and taps > 1
+        and triton.cdiv(dim, programs) <= _MAX_CHANNELS
+        and programs <= _MAX_PROGRAMS
+    )
+
+
+def locate(layers: Sequence[LayerWeights], known: Weights | None) -> Weights:
+    """Where these weights lie; ``known`` itself as long as it is still true."""
+    addresses = tuple(0 if tensor is None else tensor.data_ptr() for layer in layers for tensor in layer.tensors())
+    if known is not None and known.addresses == addresses:
+        return known
+    table = torch.tensor(addresses, dtype=torch.int64).view(len(layers), -1)
+    return Weights(tuple(layers), addresses, table.to(layers[0].in_proj.device))
+
+
+def step(
+    weights: Weights,
+    token: Tensor,
+    embeddings: Tensor,
+    gain: Tensor,
+    slot: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    counter: Tensor,
+    eps: float,
+    inner_eps: float | None,
+) -> tuple[Tensor, Tensor]:
+    """token, slot [1] -> the last residual times its norm's weight [1, H], and its squares in shares [shares, 1].
+
+    embeddings [V, H]; gain [H] of the first norm; conv_state [layers, S, D, K-1], ssm_state [layers, S, D, N];
+    counter int32, whose first element is zero before and after.
+    """
+    layer, device = weights.layers[0], embeddings.device
+    width, (dim, taps), rank, states = (
+        layer.in_proj.shape[1],
+        layer.taps.shape,
+        layer.dt_proj.shape[1],
+        layer.decay.shape[1],
+    )
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    constants = launch_constants(width, rank, states, taps, programs)
+
+    def room(size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    gained, squares = room(width, torch.bfloat16), room(programs, torch.float32)
+    persistent_step_kernel[(programs,)](
+        weights.table,
+        token,
+        embeddings,
+        gain,
+        slot,
+        conv_state,
+        ssm_state,
+        room(dim, torch.bfloat16),
+        room(rank + 2 * states, torch.float32),
+        room(dim, torch.bfloat16),
+        gained,
+        squares,
+        counter,
+        len(weights.layers),
+        conv_state.stride(0),
+        conv_state.stride(1),
+        ssm_state.stride(0),
+        ssm_state.stride(1),
+        eps,
+        inner_eps or 0.0,
+        SKIP_DTYPE=_SKIP_DTYPES[layer.skip.dtype],
+        HAS_BIAS=layer.in_bias is not None,
+        HAS_CONV_BIAS=layer.conv_bias is not None,
+        NORM=inner_eps is not None,
+        **constants,
+        num_warps=constants["WARPS"],
+        # all programs at once or none: they wait for each other
+        launch_cooperative_grid=True,
+    )
+    return gained[None], squares[:, None]
+
+
+def launch_constants(width: int, rank: int, states: int, taps: int, programs: int) -> dict[str, int]:
+    """What the kernel is compiled for besides the kind of model: its sizes, and how they are shared out."""
+    stage_bytes = _GROUPS * _WARPS * 256 * 2 * (width // _TILE)
+    rows, wide_rows = _GROUPS * _WARPS // 2, _GROUPS * _WARPS // 4
+    high = 1 << (rank.bit_length() - 1)
+
+    def room_for(size: int, rows: int) -> int:
+        """The rows of the program with most of them, in whole stages."""
+        return triton.next_power_of_2(triton.cdiv(triton.cdiv(size, programs), rows) * rows)
+
+    return {
+        "H": width,
+        "D": 2 * width,
+        "R": rank,
+        "N": states,
+        "K": taps,
+        "R_HIGH": high,
+        "R_LOW": triton.next_power_of_2(rank - high) if rank > high else 0,
+        "BLOCK_N": triton.next_power_of_2(states),
+        "BLOCK_C": room_for(2 * width, rows),
+        "BLOCK_O": room_for(width, wide_rows),
+        "BLOCK_P": room_for(rank + 2 * states, wide_rows),
+        "PROGRAMS": programs,
+        "GROUPS": _GROUPS,
+        "STAGES": min(_RING_BYTES // stage_bytes, _MAX_STAGES),
+        "WARPS": _WARPS,
+        "COPIERS": _COPIERS,
+        "AHEAD": max(1, _BYTES_AHEAD // stage_bytes - 1),
+    }

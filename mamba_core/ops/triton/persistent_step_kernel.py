@@ -1,0 +1,643 @@
+"""One token of one sequence through all layers in a single launch: a Gluon kernel, for NVIDIA GPUs.
+
+A step streams every weight past the chip once, and a launch per product lets memory rest at each launch. Here one
+program per multiprocessor stays for the whole step. It owns a block of rows of every weight, and a few of its warps
+copy them, in the order of their use, into a ring of stages in shared memory, ahead of those that multiply: so copies go
+on while the programs wait for each other. They are paced, because what the programs wait for queues behind them: only
+about as much is on its way as keeps memory busy.
+
+A stage is a few whole rows, as tiles side by side; in a tile a multiplying warp has 256 columns of GROUPS rows, and it
+keeps its share of a row's sum to itself until all rows of a phase are there.
+
+A layer has four phases, after each of which every program needs what all have written, so a counter in memory tells
+when all have. Two of the four waits are hidden behind the second half of in_proj, which nothing waits for:
+
+    first half of in_proj, convolution and SiLU -> x, counted
+    second half, first part
+    x_proj of x -> low, counted
+    second half, second part
+    dt_proj, recurrence, gate -> y, counted and awaited
+    out_proj, residual, squares for the norm -> gained, counted and awaited
+
+Whatever other programs have written is read past the first-level cache. The residual stays in registers.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from mamba_core.ops.triton.math import LOG2_E
+
+# renamed after Triton 3.6
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+# of a thread that copies; the others share what is left
+COPIER_REGISTERS = gl.constexpr(56)
+
+# columns of the table of addresses, a row per layer
+FIELDS = gl.constexpr(12)
+IN_PROJ, X_PROJ, OUT_PROJ, TAPS, CONV_BIAS, DT_PROJ, DT_BIAS, DECAY, SKIP, GAIN, IN_BIAS, OUT_BIAS = (
+    gl.constexpr(i) for i in range(12)
+)
+
+# one thread counts its program; the barrier before it has collected what the others wrote
+_COUNT = gl.constexpr("""
+{
+    .reg .pred is_other;
+    .reg .u32 thread;
+    mov.u32 thread, %tid.x;
+    setp.ne.u32 is_other, thread, 0;
+    @!is_other red.release.gpu.global.add.s32 [$1], 1;
+    mov.u32 $0, 0;
+}
+""")
+# one thread polls, and gives up after some ten seconds: a program that never comes is an error, not a reason to wait
+_AWAIT = gl.constexpr("""
+{
+    .reg .pred is_done;
+    .reg .u32 thread;
+    .reg .s32 count, polls;
+    mov.u32 thread, %tid.x;
+    mov.s32 polls, 0;
+    setp.ne.u32 is_done, thread, 0;
+    @is_done bra CAME;
+POLL:
+    ld.acquire.gpu.global.s32 count, [$1];
+    setp.ge.s32 is_done, count, $2;
+    @is_done bra CAME;
+    add.s32 polls, polls, 1;
+    setp.lt.s32 is_done, polls, 16777216;
+    @is_done bra POLL;
+    trap;
+CAME:
+    mov.u32 $0, 0;
+}
+""")
+
+
+@gluon.jit
+def _view(memory, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    if _HAS_REINTERPRET:
+        return memory.reinterpret(DTYPE, SHAPE, LAYOUT)
+    else:  # noqa: RET505  what is not there must not be compiled
+        return memory._reinterpret(DTYPE, SHAPE, LAYOUT)
+
+
+@gluon.jit
+def _count(counter_ptr):
+    _barrier()
+    gl.inline_asm_elementwise(_COUNT, "=r,l", [counter_ptr], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _await(counter_ptr, target):
+    gl.inline_asm_elementwise(_AWAIT, "=r,l,r", [counter_ptr, target], dtype=gl.int32, is_pure=False, pack=1)
+    _barrier()
+
+
+@gluon.jit
+def _sigmoid(v):
+    return 1.0 / (1.0 + gl.exp(-v))
+
+
+@gluon.jit
+def _softplus(v):
+    e = gl.exp(-gl.abs(v))
+    w = 1.0 + e
+    log1p = gl.where(w == 1.0, e, gl.log(w) * (e / gl.where(w == 1.0, 1.0, w - 1.0)))
+    return gl.maximum(v, 0.0) + log1p
+
+
+@gluon.jit
+def _bf16(address):
+    return address.to(gl.pointer_type(gl.bfloat16))
+
+
+@gluon.jit
+def _share(rows: gl.constexpr, PROGRAMS: gl.constexpr):
+    """The first of this program's rows, and how many they are."""
+    pid = gl.program_id(0)
+    first = pid * rows // PROGRAMS
+    return first, (pid + 1) * rows // PROGRAMS - first
+
+
+@gluon.jit
+def _products(entry):
+    """Where the weights of the three large products of a layer are."""
+    return gl.load(entry + IN_PROJ), gl.load(entry + X_PROJ), gl.load(entry + OUT_PROJ)
+
+
+@gluon.jit
+def _next(at, STAGES: gl.constexpr):
+    """The slot after this one, and the parity of its turn."""
+    slot, turn = at
+    is_last = slot == STAGES - 1
+    return gl.where(is_last, 0, slot + 1), gl.where(is_last, turn ^ 1, turn)
+
+
+@gluon.jit
+def _put(
+    ring,
+    at,
+    w_at,
+    first_row,
+    num_rows,
+    stage,
+    WIDTH: gl.constexpr,
+    SHARES: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    COPIERS: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """Copy a stage of some rows of W [*, WIDTH] into the next slot of the ring, once that is free."""
+    tiles, filled, freed = ring
+    slot, turn = at
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [COPIERS, 1], [1, 0])
+    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, COPY))[:, None]
+    column = gl.arange(0, 256, layout=gl.SliceLayout(0, COPY))[None, :]
+    row = stage * (PARTS // SHARES) + part // SHARES
+    mask = gl.max_constancy((row < num_rows) & (column >= 0), [1, 256])
+    w_ptr = _bf16(w_at) + first_row.to(gl.int64) * WIDTH
+    offset = row * WIDTH + part % SHARES * 256 + column
+    mbarrier.wait(freed.index(slot), turn ^ 1)
+    for j in gl.static_range(WIDTH // (SHARES * 256)):
+        pointers = gl.multiple_of(w_ptr + (offset + j * SHARES * 256), [1, 16])
+        _copy(tiles[j].index(slot), pointers, mask=mask)
+    async_copy.mbarrier_arrive(filled.index(slot), increment_count=False)
+    async_copy.commit_group()
+    # more on its way than keeps memory busy would only stand before the loads that others wait for
+    async_copy.wait_group(AHEAD)
+    return _next(at, STAGES)
+
+
+@gluon.jit
+def _copy_weights(
+    ring,
+    table_ptr,
+    layers,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    LOW_WIDTH: gl.constexpr,
+    NX: gl.constexpr,
+    NZ: gl.constexpr,
+    NP: gl.constexpr,
+    NO: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    COPIERS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):
+    """What the warps do that copy: all stages of the step, in the order in which they are used."""
+    first_c, count_c = _share(D, PROGRAMS)
+    first_p, count_p = _share(LOW_WIDTH, PROGRAMS)
+    first_o, count_o = _share(H, PROGRAMS)
+    at = (first_c * 0, first_c * 0)
+    in_next, p_next, out_next = _products(table_ptr)
+    for layer in range(layers):
+        in_at, p_at, out_at = in_next, p_next, out_next
+        in_next, p_next, out_next = _products(table_ptr + gl.minimum(layer + 1, layers - 1) * FIELDS)
+        for stage in range(NX):
+            at = _put(ring, at, in_at, first_c, count_c, stage, H, 2, PARTS, STAGES, COPIERS, AHEAD)
+        for stage in range(NZ):
+            at = _put(ring, at, in_at, D + first_c, count_c, stage, H, 2, PARTS, STAGES, COPIERS, AHEAD)
+        for stage in range(NP):
+            at = _put(ring, at, p_at, first_p, count_p, stage, D, 4, PARTS, STAGES, COPIERS, AHEAD)
+        for stage in range(NZ, NX):
+            at = _put(ring, at, in_at, D + first_c, count_c, stage, H, 2, PARTS, STAGES, COPIERS, AHEAD)
+        for stage in range(NO):
+            at = _put(ring, at, out_at, first_o, count_o, stage, D, 4, PARTS, STAGES, COPIERS, AHEAD)
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _multiply(
+    ring,
+    at,
+    x,
+    sums,
+    stage,
+    SHARES: gl.constexpr,
+    SUBS: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """The rows of the next stage times x, each in SHARES shares: sums [stages, rows, SHARES]."""
+    tiles, filled, freed = ring
+    slot, turn = at
+    ROWS: gl.constexpr = PARTS // SHARES
+    TILE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 1, 32], [WARPS // SHARES, SHARES, 1], [2, 1, 0])
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    mbarrier.wait(filled.index(slot), turn)
+    acc = gl.zeros([ROWS, SHARES, 256], gl.float32, TILE)
+    for j in gl.static_range(SUBS):
+        tile = _view(tiles[j], gl.bfloat16, [STAGES, ROWS, SHARES, 256], SHARED).index(slot)
+        acc += tile.load(TILE).to(gl.float32) * x[j][None, :, :]
+    # the slot is free once every thread has read it
+    _barrier()
+    mbarrier.arrive(freed.index(slot))
+    sums.index(stage).store(gl.sum(acc, axis=2))
+    return _next(at, STAGES)
+
+
+@gluon.jit
+def _inputs(x_ptr, SHARES: gl.constexpr, SUBS: gl.constexpr, WARPS: gl.constexpr):
+    """What all rows of a product are multiplied with: SUBS pieces [SHARES, 256] in the layout of the tiles."""
+    TILE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 1, 32], [WARPS // SHARES, SHARES, 1], [2, 1, 0])
+    PIECE: gl.constexpr = gl.SliceLayout(0, TILE)
+    share = gl.arange(0, SHARES, layout=gl.SliceLayout(1, PIECE))[:, None]
+    column = gl.arange(0, 256, layout=gl.SliceLayout(0, PIECE))[None, :]
+    x = ()
+    for j in gl.static_range(SUBS):
+        x += (gl.load(x_ptr + (j * SHARES + share) * 256 + column, cache_modifier=".cg").to(gl.float32),)
+    return x
+
+
+@gluon.jit
+def _total(sums, rows: gl.constexpr, SHARES: gl.constexpr, LAYOUT: gl.constexpr):
+    """The sums of a phase, [rows]."""
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    return gl.sum(_view(sums, gl.float32, [rows, SHARES], SHARED).load(LAYOUT), axis=1)
+
+
+@gluon.jit
+def _advance(
+    ring,
+    sums,
+    x_kept,
+    table_ptr,
+    tokens_ptr,
+    embeddings_ptr,
+    gain_ptr,
+    slots_ptr,
+    conv_ptr,
+    ssm_ptr,
+    x_ptr,
+    low_ptr,
+    y_ptr,
+    gained_ptr,
+    squares_ptr,
+    counter_ptr,
+    layers,
+    conv_layer_stride,
+    conv_stride,
+    ssm_layer_stride,
+    ssm_stride,
+    eps,
+    inner_eps,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    R_HIGH: gl.constexpr,
+    R_LOW: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr,
+    BLOCK_O: gl.constexpr,
+    BLOCK_P: gl.constexpr,
+    SKIP_DTYPE: gl.constexpr,
+    NX: gl.constexpr,
+    NZ: gl.constexpr,
+    NP: gl.constexpr,
+    NO: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_CONV_BIAS: gl.constexpr,
+    NORM: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """What the warps that multiply do: the step itself."""
+    SUBS: gl.constexpr = H // 512
+    LOW_WIDTH: gl.constexpr = R + 2 * N
+    PARTS: gl.constexpr = GROUPS * WARPS
+    SHARES: gl.constexpr = 2
+    WIDE_SHARES: gl.constexpr = 4
+    x_sums, z_sums, p_sums, o_sums = sums
+    # channels and their sums; rows of the residual, of low; [channels, N]; [channels, R]; one value per program
+    CHANNELS: gl.constexpr = gl.BlockedLayout([1, SHARES], [32, 1], [WARPS, 1], [1, 0])
+    CHANNEL: gl.constexpr = gl.SliceLayout(1, CHANNELS)
+    OUTPUTS: gl.constexpr = gl.BlockedLayout([1, WIDE_SHARES], [32, 1], [WARPS, 1], [1, 0])
+    OUTPUT: gl.constexpr = gl.SliceLayout(1, OUTPUTS)
+    STATE: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
+    STATE_D: gl.constexpr = gl.SliceLayout(1, STATE)
+    HIGH: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    LOW: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
+    EACH: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
+
+    pid = gl.program_id(0)
+    first_c, count_c = _share(D, PROGRAMS)
+    first_p, count_p = _share(LOW_WIDTH, PROGRAMS)
+    first_o, count_o = _share(H, PROGRAMS)
+    c = gl.arange(0, BLOCK_C, layout=CHANNEL)
+    mask_c = c < count_c
+    o = gl.arange(0, BLOCK_O, layout=OUTPUT)
+    mask_o = o < count_o
+    p = gl.arange(0, BLOCK_P, layout=OUTPUT)
+    d = gl.arange(0, BLOCK_C, layout=STATE_D)
+    mask_d = d < count_c
+    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, STATE))
+    mask_n = n < N
+    tile = (first_c + d)[:, None] * N + n[None, :]
+    mask = mask_d[:, None] & mask_n[None, :]
+    high_d = gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, HIGH))[:, None]
+    high_r = gl.arange(0, R_HIGH, layout=gl.SliceLayout(0, HIGH))
+    low_d = gl.arange(0, BLOCK_C, layout=gl.SliceLayout(1, LOW))[:, None]
+    if R_LOW > 0:
+        low_r = R_HIGH + gl.arange(0, R_LOW, layout=gl.SliceLayout(0, LOW))
+    each = gl.arange(0, 256, layout=EACH)
+
+    token = gl.load(tokens_ptr)
+    home = gl.load(slots_ptr)
+    conv_ptr += home * conv_stride + first_c * (K - 1)
+    ssm_ptr += home * ssm_stride
+    residual = gl.load(embeddings_ptr + token * H + first_o + o, mask=mask_o, other=0.0).to(gl.float32)
+    gain = gl.load(gain_ptr + first_o + o, mask=mask_o, other=0.0).to(gl.float32)
+    gl.store(gained_ptr + first_o + o, (residual * gain).to(gl.bfloat16), mask=mask_o)
+    gl.store(squares_ptr + pid, gl.sum(residual * residual, axis=0))
+
+    at = (pid * 0, pid * 0)
+    target = 0
+    for layer in range(layers):
+        target += PROGRAMS
+        _count(counter_ptr)
+        # what is small and this program's own, on its way while it waits
+        entry = table_ptr + layer * FIELDS
+        taps_ptr = _bf16(gl.load(entry + TAPS)) + (first_c + c) * K
+        conv_bias_ptr = _bf16(gl.load(entry + CONV_BIAS)) + first_c + c
+        dt_ptr = _bf16(gl.load(entry + DT_PROJ)) + first_c * R
+        dt_bias_ptr = _bf16(gl.load(entry + DT_BIAS)) + first_c + d
+        decay_ptr = gl.load(entry + DECAY).to(gl.pointer_type(gl.float32)) + tile
+        skip_ptr = gl.load(entry + SKIP).to(gl.pointer_type(SKIP_DTYPE)) + first_c + d
+        next_gain_ptr = _bf16(gl.load(entry + GAIN)) + first_o + o
+        window_ptr = conv_ptr + c * (K - 1)
+        past = gl.zeros([BLOCK_C], gl.float32, CHANNEL)
+        if HAS_CONV_BIAS:
+            past += gl.load(conv_bias_ptr, mask=mask_c, other=0.0).to(gl.float32)
+        columns = ()
+        for j in gl.static_range(K - 1):
+            old = gl.load(window_ptr + j, mask=mask_c, other=0.0)
+            past += old.to(gl.float32) * gl.load(taps_ptr + j, mask=mask_c, other=0.0).to(gl.float32)
+            columns += (old,)
+        newest = gl.load(taps_ptr + K - 1, mask=mask_c, other=0.0).to(gl.float32)
+        if HAS_BIAS:
+            in_bias_ptr = _bf16(gl.load(entry + IN_BIAS)) + first_c + c
+            x_bias = gl.load(in_bias_ptr, mask=mask_c, other=0.0).to(gl.float32)
+            z_bias = gl.load(in_bias_ptr + D, mask=mask_c, other=0.0).to(gl.float32)
+            out_bias_ptr = _bf16(gl.load(entry + OUT_BIAS)) + first_o + o
+            residual += gl.load(out_bias_ptr, mask=mask_o, other=0.0).to(gl.float32)
+        _await(counter_ptr, target)
+
+        hidden = _inputs(gained_ptr, SHARES, SUBS, WARPS)
+        squares = gl.load(squares_ptr + each, mask=each < PROGRAMS, other=0.0, cache_modifier=".cg")
+        for stage in range(NX):
+            at = _multiply(ring, at, hidden, x_sums, stage, SHARES, SUBS, PARTS, STAGES, WARPS)
+        scale = 1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps)
+        x = _total(x_sums, BLOCK_C, SHARES, CHANNELS) * scale
+        if HAS_BIAS:
+            x += x_bias
+        kept = x.to(conv_ptr.dtype.element_ty)
+        # every thread has read what was there, also one that holds an element beside others
+        _barrier()
+        for j in gl.static_range(1, K - 1):
+            gl.store(window_ptr + j - 1, columns[j], mask=mask_c)
+        gl.store(window_ptr + K - 2, kept, mask=mask_c)
+        x = past + kept.to(gl.float32) * newest
+        x = (x * _sigmoid(x)).to(gl.bfloat16)
+        gl.store(x_ptr + first_c + c, x, mask=mask_c)
+        x_kept.store(x.to(gl.float32))
+        target += PROGRAMS
+        _count(counter_ptr)
+
+        # what the recurrence needs and no other program writes
+        high_ptr = gl.multiple_of(dt_ptr + high_d * R + high_r[None, :], [1, 16])
+        w_high = gl.load(high_ptr, mask=high_d < count_c, other=0.0)
+        if R_LOW > 0:
+            low_mask = (low_d < count_c) & (low_r < R)[None, :]
+            w_low = gl.load(gl.multiple_of(dt_ptr + low_d * R + low_r[None, :], [1, 16]), mask=low_mask, other=0.0)
+        dt_bias = gl.load(dt_bias_ptr, mask=mask_d, other=0.0).to(gl.float32)
+        a = gl.load(decay_ptr, mask=mask, other=0.0) * LOG2_E
+        skip = gl.load(skip_ptr, mask=mask_d, other=0.0).to(gl.float32)
+        h = gl.load(ssm_ptr + tile, mask=mask, other=0.0).to(gl.float32)
+        gain = gl.load(next_gain_ptr, mask=mask_o, other=0.0).to(gl.float32)
+
+        for stage in range(NZ):
+            at = _multiply(ring, at, hidden, z_sums, stage, SHARES, SUBS, PARTS, STAGES, WARPS)
+
+        _await(counter_ptr, target)
+        inner = _inputs(x_ptr, WIDE_SHARES, SUBS, WARPS)
+        for stage in range(NP):
+            at = _multiply(ring, at, inner, p_sums, stage, WIDE_SHARES, SUBS, PARTS, STAGES, WARPS)
+        gl.store(low_ptr + first_p + p, _total(p_sums, BLOCK_P, WIDE_SHARES, OUTPUTS), mask=p < count_p)
+        target += PROGRAMS
+        _count(counter_ptr)
+
+        for stage in range(NZ, NX):
+            at = _multiply(ring, at, hidden, z_sums, stage, SHARES, SUBS, PARTS, STAGES, WARPS)
+        z = _total(z_sums, BLOCK_C, SHARES, CHANNELS) * scale
+        if HAS_BIAS:
+            z += z_bias
+        z = gl.convert_layout(z.to(gl.bfloat16).to(gl.float32), STATE_D)
+
+        _await(counter_ptr, target)
+        low = gl.load(low_ptr + high_r, cache_modifier=".cg")
+        b = gl.load(low_ptr + R + n, mask=mask_n, other=0.0, cache_modifier=".cg")
+        c_ = gl.load(low_ptr + R + N + n, mask=mask_n, other=0.0, cache_modifier=".cg")
+        power = gl.sum(low * low, axis=0)
+        dt = gl.convert_layout(gl.sum(w_high.to(gl.float32) * low[None, :], axis=1), STATE_D)
+        if R_LOW > 0:
+            low = gl.load(low_ptr + low_r, mask=low_r < R, other=0.0, cache_modifier=".cg")
+            power += gl.sum(low * low, axis=0)
+            dt += gl.convert_layout(gl.sum(w_low.to(gl.float32) * low[None, :], axis=1), STATE_D)
+        if NORM:
+            dt = dt / gl.sqrt(power / R + inner_eps)
+            b = b / gl.sqrt(gl.sum(b * b, axis=0) / N + inner_eps)
+            c_ = c_ / gl.sqrt(gl.sum(c_ * c_, axis=0) / N + inner_eps)
+        delta = _softplus(dt + dt_bias)
+        x = x_kept.load(STATE_D)
+        h = gl.exp2(delta[:, None] * a) * h + (delta * x)[:, None] * b[None, :]
+        y = gl.sum(h * c_[None, :], axis=1) + skip * x
+        y = y * (z * _sigmoid(z))
+        gl.store(y_ptr + first_c + d, y.to(gl.bfloat16), mask=mask_d)
+        target += PROGRAMS
+        _count(counter_ptr)
+        gl.store(ssm_ptr + tile, h.to(ssm_ptr.dtype.element_ty), mask=mask)
+        _await(counter_ptr, target)
+
+        inner = _inputs(y_ptr, WIDE_SHARES, SUBS, WARPS)
+        for stage in range(NO):
+            at = _multiply(ring, at, inner, o_sums, stage, WIDE_SHARES, SUBS, PARTS, STAGES, WARPS)
+        residual += gl.where(mask_o, _total(o_sums, BLOCK_O, WIDE_SHARES, OUTPUTS), 0.0)
+        gl.store(gained_ptr + first_o + o, (residual * gain).to(gl.bfloat16), mask=mask_o)
+        gl.store(squares_ptr + pid, gl.sum(residual * residual, axis=0))
+        conv_ptr += conv_layer_stride
+        ssm_ptr += ssm_layer_stride
+
+    # nobody waits any more: the last one leaves the counter as it was
+    if gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == target + PROGRAMS - 1:
+        gl.store(counter_ptr, 0)
+
+
+@gluon.jit(do_not_specialize=["layers", "eps", "inner_eps"])
+def persistent_step_kernel(
+    table_ptr,
+    tokens_ptr,
+    embeddings_ptr,
+    gain_ptr,
+    slots_ptr,
+    conv_ptr,
+    ssm_ptr,
+    x_ptr,
+    low_ptr,
+    y_ptr,
+    gained_ptr,
+    squares_ptr,
+    counter_ptr,
+    layers,
+    conv_layer_stride,
+    conv_stride,
+    ssm_layer_stride,
+    ssm_stride,
+    eps,
+    inner_eps,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    R_HIGH: gl.constexpr,
+    R_LOW: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr,
+    BLOCK_O: gl.constexpr,
+    BLOCK_P: gl.constexpr,
+    SKIP_DTYPE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_CONV_BIAS: gl.constexpr,
+    NORM: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COPIERS: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """gained [H] and squares [PROGRAMS] of the last residual for token [1], states in slot [1] moved on.
+
+    table [layers, FIELDS] int64 addresses. x, y [D], low [R + 2 N] fp32: room for what programs tell each other.
+    R_HIGH + R_LOW >= R. counter is zero before and after. COPIERS warps copy, AHEAD stages and one more at a time.
+    """
+    LOW_WIDTH: gl.constexpr = R + 2 * N
+    # rows of a stage, of in_proj and of the products that are twice as wide
+    PARTS: gl.constexpr = GROUPS * WARPS
+    ROWS: gl.constexpr = PARTS // 2
+    WIDE_ROWS: gl.constexpr = PARTS // 4
+    # stages of each phase, for the program with most rows
+    NX: gl.constexpr = ((D + PROGRAMS - 1) // PROGRAMS + ROWS - 1) // ROWS
+    NZ: gl.constexpr = NX // 2
+    NP: gl.constexpr = ((LOW_WIDTH + PROGRAMS - 1) // PROGRAMS + WIDE_ROWS - 1) // WIDE_ROWS
+    NO: gl.constexpr = ((H + PROGRAMS - 1) // PROGRAMS + WIDE_ROWS - 1) // WIDE_ROWS
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    SHARED_1D: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tiles = ()
+    for _ in gl.static_range(H // 512):
+        tiles += (gl.allocate_shared_memory(gl.bfloat16, [STAGES, PARTS, 256], SHARED),)
+    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(filled.index(i), count=COPIERS * 32)
+        mbarrier.init(freed.index(i), count=1)
+    ring = (tiles, filled, freed)
+    sums = (
+        gl.allocate_shared_memory(gl.float32, [BLOCK_C // ROWS, ROWS, 2], SHARED),
+        gl.allocate_shared_memory(gl.float32, [BLOCK_C // ROWS, ROWS, 2], SHARED),
+        gl.allocate_shared_memory(gl.float32, [BLOCK_P // WIDE_ROWS, WIDE_ROWS, 4], SHARED),
+        gl.allocate_shared_memory(gl.float32, [BLOCK_O // WIDE_ROWS, WIDE_ROWS, 4], SHARED),
+    )
+    x_kept = gl.allocate_shared_memory(gl.float32, [BLOCK_C], SHARED_1D)
+    gl.warp_specialize(
+        [
+            (
+                _advance,
+                (
+                    ring,
+                    sums,
+                    x_kept,
+                    table_ptr,
+                    tokens_ptr,
+                    embeddings_ptr,
+                    gain_ptr,
+                    slots_ptr,
+                    conv_ptr,
+                    ssm_ptr,
+                    x_ptr,
+                    low_ptr,
+                    y_ptr,
+                    gained_ptr,
+                    squares_ptr,
+                    counter_ptr,
+                    layers,
+                    conv_layer_stride,
+                    conv_stride,
+                    ssm_layer_stride,
+                    ssm_stride,
+                    eps,
+                    inner_eps,
+                    H,
+                    D,
+                    R,
+                    N,
+                    K,
+                    R_HIGH,
+                    R_LOW,
+                    BLOCK_N,
+                    BLOCK_C,
+                    BLOCK_O,
+                    BLOCK_P,
+                    SKIP_DTYPE,
+                    NX,
+                    NZ,
+                    NP,
+                    NO,
+                    HAS_BIAS,
+                    HAS_CONV_BIAS,
+                    NORM,
+                    PROGRAMS,
+                    GROUPS,
+                    STAGES,
+                    WARPS,
+                ),
+            ),
+            (
+                _copy_weights,
+                (
+                    ring,
+                    table_ptr,
+                    layers,
+                    H,
+                    D,
+                    LOW_WIDTH,
+                    NX,
+                    NZ,
+                    NP,
+                    NO,
+                    PARTS,
+                    STAGES,
+                    COPIERS,
+                    AHEAD,
+                    PROGRAMS,
+                ),
+            ),
+        ],
+        [COPIERS],
+        [COPIER_REGISTERS],
+    )

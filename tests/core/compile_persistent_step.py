@@ -1,0 +1,51 @@
+"""Compile the persistent step for a Hopper GPU, as ``compile_kernels`` does for the kernels of the ops."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from triton.experimental.gluon import language as gl
+
+from mamba_core.ops.triton.persistent_step import launch_constants
+from mamba_core.ops.triton.persistent_step_kernel import persistent_step_kernel
+from tests.compiling import compiled_for_hopper, print_records, source_of
+
+PROGRAMS = 132
+# H, R, N, K and what else a model may have: published sizes, and one of everything else
+SIZES: list[tuple[int, int, int, int, dict[str, Any]]] = [
+    (1024, 64, 16, 4, {}),
+    (2048, 128, 16, 4, {}),
+    (2560, 160, 16, 4, {}),
+    (512, 40, 12, 3, {"HAS_BIAS": True, "HAS_CONV_BIAS": False, "NORM": True, "SKIP_DTYPE": gl.bfloat16}),
+]
+USUAL = {"HAS_BIAS": False, "HAS_CONV_BIAS": True, "NORM": False, "SKIP_DTYPE": gl.float32}
+TYPES = {
+    **dict.fromkeys(("table_ptr", "tokens_ptr", "slots_ptr"), "*i64"),
+    **dict.fromkeys(("low_ptr", "squares_ptr", "ssm_ptr"), "*fp32"),
+    "counter_ptr": "*i32",
+    "inner_eps": "fp32",
+}
+# written by other programs of the same launch
+SHARED = ("gained_ptr", "squares_ptr", "x_ptr", "low_ptr", "y_ptr")
+
+
+def compile_all() -> Iterator[dict[str, Any]]:
+    for width, rank, states, taps, changes in SIZES:
+        constants = launch_constants(width, rank, states, taps, PROGRAMS) | USUAL | changes
+        source = source_of(persistent_step_kernel, constants, TYPES, unaligned=frozenset({"layers", "inner_eps"}))
+        compiled = compiled_for_hopper(source, num_warps=constants["WARPS"])
+        assembly = compiled.asm["ptx"]
+        yield {
+            "width": width,
+            "shared_bytes": compiled.metadata.shared,
+            "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", assembly)),
+            "narrow_copies": assembly.count("cp.async.ca"),
+            "counts": assembly.count("red.release.gpu"),
+            "waits": assembly.count("ld.acquire.gpu"),
+        }
+
+
+if __name__ == "__main__":
+    print_records(compile_all())

@@ -1,0 +1,227 @@
+"""The step of one sequence in a single launch: what it asks of a model, what it is compiled to, what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from mamba_core import MambaCache, MambaForCausalLM, fused_step, single_step
+from mamba_core.ops import Packing
+from mamba_core.ops.triton import persistent_step_kernel
+from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, is_applicable, launch_constants, locate
+from mamba_core.ops.triton.step import MAX_TILES
+from tests.compiling import records_of
+from tests.core.ops_cases import poison_memory
+
+MakeModel = Callable[..., MambaForCausalLM]
+# a multiprocessor of compute capability 9.0 has 228 KiB, a block of threads at most
+SHARED_BYTES = 227 * 1024
+
+
+class LaunchedRows(Exception):
+    """A step by several launches has begun."""
+
+
+def make_layer(width: int = 512, rank: int = 32, states: int = 16, taps: int = 4) -> LayerWeights:
+    def bf16(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    dim = 2 * width
+    return LayerWeights(
+        in_proj=bf16(2 * dim, width),
+        x_proj=bf16(rank + 2 * states, dim),
+        out_proj=bf16(width, dim),
+        taps=bf16(dim, taps),
+        conv_bias=None,
+        dt_proj=bf16(dim, rank),
+        dt_bias=bf16(dim),
+        decay=torch.zeros(dim, states),
+        skip=torch.zeros(dim),
+        gain=bf16(width),
+        in_bias=None,
+        out_bias=None,
+    )
+
+
+def test_the_table_has_the_columns_the_kernel_reads() -> None:
+    names = [field.name.upper() for field in fields(LayerWeights)]
+    assert [getattr(persistent_step_kernel, name).value for name in names] == list(range(len(names)))
+    assert persistent_step_kernel.FIELDS.value == len(names)
+
+
+def test_the_table_holds_addresses_and_zero_for_what_is_missing() -> None:
+    layers = [make_layer(), make_layer()]
+    table = locate(layers, None).table
+    assert table.dtype == torch.int64
+    assert table.tolist() == [
+        [0 if tensor is None else tensor.data_ptr() for tensor in layer.tensors()] for layer in layers
+    ]
+    assert (table == 0).sum(dim=1).tolist() == [3, 3]
+
+
+def test_the_table_is_kept_until_a_weight_moves() -> None:
+    layers = [make_layer(), make_layer()]
+    known: Weights = locate(layers, None)
+    assert locate([make_layer_of(layer) for layer in layers], known) is known
+    moved = [layers[0], replace(layers[1], decay=layers[1].decay.clone())]
+    assert locate(moved, known) is not known
+
+
+def make_layer_of(layer: LayerWeights) -> LayerWeights:
+    """Another object over the same memory, as every step makes one."""
+    return replace(layer, taps=layer.taps.view_as(layer.taps))
+
+
+def test_it_is_not_for_a_cpu() -> None:
+    assert not is_applicable(make_layer())
+
+
+@torch.inference_mode()
+def test_it_is_taken_for_one_row_alone(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_model().backbone
+    steps: list[Tensor] = []
+
+    def take(*arguments: Tensor) -> Tensor:
+        steps.append(arguments[1])
+        return arguments[1]
+
+    monkeypatch.setattr(single_step, "single_step", take)
+    monkeypatch.setattr(single_step, "is_applicable", lambda model: model is backbone)
+
+    def embed(*arguments: Tensor) -> None:
+        raise LaunchedRows(len(arguments[1]))
+
+    monkeypatch.setattr(fused_step.ops, "embed", embed)
+    cache = MambaCache.from_config(backbone.config, 3, dtype=torch.float32)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32)
+    one, two = torch.tensor([5]), torch.tensor([5, 6])
+    assert fused_step.fused_step(backbone, one, torch.tensor([1]), cache, counters) is one
+    with pytest.raises(LaunchedRows, match="2"):
+        fused_step.fused_step(backbone, two, torch.tensor([1, 2]), cache, counters)
+    assert steps == [one]
+
+
+@pytest.mark.parametrize("width", [1024, 1536, 2048, 2560, 4096])
+@pytest.mark.parametrize("programs", [78, 132, 148])
+def test_every_row_has_room(width: int, programs: int) -> None:
+    constants = launch_constants(width, width // 16, 16, 4, programs)
+    stage_bytes = constants["GROUPS"] * constants["WARPS"] * 512 * (width // 512)
+    assert 2 * stage_bytes <= constants["STAGES"] * stage_bytes < SHARED_BYTES
+    rows = constants["GROUPS"] * constants["WARPS"] // 2
+    for block, size, stage_rows in (
+        ("BLOCK_C", 2 * width, rows),
+        ("BLOCK_O", width, rows // 2),
+        ("BLOCK_P", width // 16 + 32, rows // 2),
+    ):
+        stages = triton.cdiv(triton.cdiv(size, programs), stage_rows)
+        assert constants[block] >= stages * stage_rows
+    assert constants["R_HIGH"] + constants["R_LOW"] >= constants["R"]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return records_of("tests.core.compile_persistent_step", tmp_path_factory.mktemp("triton"))
+
+
+def test_it_compiles_and_fits(compiled: list[dict[str, Any]]) -> None:
+    assert [record["width"] for record in compiled] == [1024, 2048, 2560, 512]
+    assert all(record["shared_bytes"] <= SHARED_BYTES for record in compiled)
+
+
+def test_weights_are_copied_16_bytes_a_thread(compiled: list[dict[str, Any]]) -> None:
+    assert not any(record["narrow_copies"] for record in compiled)
+    assert all(record["copies"] % (record["width"] // 512) == 0 < record["copies"] for record in compiled)
+
+
+def test_each_phase_is_counted_and_awaited(compiled: list[dict[str, Any]]) -> None:
+    assert {(record["counts"], record["waits"]) for record in compiled} == {(4, 4)}
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def warm_cache(model: MambaForCausalLM, num_slots: int) -> MambaCache:
+    cache = MambaCache.from_config(model.config, num_slots, dtype=torch.bfloat16, device="cuda")
+    generator = torch.Generator().manual_seed(3)
+    for state in (cache.conv, cache.ssm):
+        state.copy_(torch.randn(state.shape, generator=generator))
+    return cache
+
+
+def clone(cache: MambaCache, dtype: torch.dtype) -> MambaCache:
+    return MambaCache(cache.conv.to(dtype, copy=True), cache.ssm.clone())
+
+
+def bf16_model(make: MakeModel, family: str, **changes: object) -> MambaForCausalLM:
+    model = make(family, **changes).to(torch.bfloat16).to("cuda")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("A_log", "mixer.D")):
+            parameter.data = parameter.data.float()
+        if name.endswith("proj.weight"):
+            # so that sums of as many terms as there are channels stay near one
+            parameter.data /= parameter.shape[1] ** 0.5 / 4
+    return model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mamba", {"hidden_size": 512, "num_hidden_layers": 3}),
+        ("mamba", {"hidden_size": 1024, "state_size": 16}),
+        ("mamba", {"hidden_size": 1536, "use_bias": True, "use_conv_bias": False}),
+        ("mamba", {"hidden_size": 512, "state_size": 12, "time_step_rank": 40, "conv_kernel": 3}),
+        ("falcon_mamba", {"hidden_size": 2560, "state_size": 16, "time_step_rank": 160, "num_hidden_layers": 1}),
+    ],
+)
+@torch.inference_mode()
+def test_it_equals_the_layers(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, object]
+) -> None:
+    model = bf16_model(tiny_model, family, **changes)
+    reference = tiny_model(family, **changes)
+    reference.load_state_dict(model.state_dict())
+    reference.to("cuda")
+    cache = warm_cache(model, 5)
+    before, plain, exact = (clone(cache, dtype) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32))
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
+    slots = torch.tensor([3], device="cuda")
+    packing = Packing.step(slots)
+    poison_memory(monkeypatch)
+
+    for token in (5, 77, 0):
+        tokens = torch.tensor([token], device="cuda")
+        expected = reference.backbone.forward_packed(reference.backbone.embeddings(tokens), packing, exact)
+        one_by_one = model.backbone.forward_packed(model.backbone.embeddings(tokens), packing, plain)
+        hidden = single_step.single_step(model.backbone, tokens, slots, cache, counters)
+        assert error(hidden, expected) < 1.2 * error(one_by_one, expected) + 1e-3
+
+    assert error(cache.ssm[:, 3], exact.ssm[:, 3]) < 1.2 * error(plain.ssm[:, 3], exact.ssm[:, 3]) + 1e-3
+    assert error(cache.conv[:, 3], exact.conv[:, 3]) < 1.2 * error(plain.conv[:, 3], exact.conv[:, 3]) + 1e-3
+    assert not counters.any()
+    for other in (0, 1, 2, 4):
+        assert torch.equal(cache.ssm[:, other], before.ssm[:, other])
+        assert torch.equal(cache.conv[:, other], before.conv[:, other])
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_it_repeats_to_the_bit(tiny_model: MakeModel) -> None:
+    model = bf16_model(tiny_model, "mamba", hidden_size=1024, num_hidden_layers=8)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
+    tokens, slots = torch.tensor([7], device="cuda"), torch.tensor([1], device="cuda")
+    start = warm_cache(model, 2)
+    first = clone(start, torch.bfloat16)
+    hidden = single_step.single_step(model.backbone, tokens, slots, first, counters)
+    for _ in range(100):
+        again = clone(start, torch.bfloat16)
+        assert torch.equal(single_step.single_step(model.backbone, tokens, slots, again, counters), hidden)
+        assert torch.equal(again.ssm, first.ssm)
+        assert torch.equal(again.conv, first.conv)
