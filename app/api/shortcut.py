@@ -7,6 +7,7 @@ from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import error_response
+from app.api.gate import Gate
 from app.serving.errors import RequestError
 
 
@@ -42,10 +43,12 @@ class _Switch:
 class _Endpoint:
     def __init__(self, route: APIRoute) -> None:
         self._route = route
+        self._gate = Gate()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["route"] = self._route
         try:
+            await self._gate.enter()
             response = await self._route.endpoint(Request(scope, receive, send))
             await response(scope, receive, send)
         except RequestError as error:
