@@ -18,8 +18,8 @@ from mamba_core.ops.triton.persistent_step_kernel import persistent_step_kernel
 # columns of which a stage holds whole tiles; the least a product must be wide
 _TILE = 512
 # shared memory of a multiprocessor that the ring may take
-_RING_BYTES = 208 * 1024
-_MAX_STAGES = 12
+_RING_BYTES = 200 * 1024
+_MAX_STAGES = 20
 # warps that multiply, and rows of a stage for each share of them
 _WARPS = 8
 _GROUPS = 1
@@ -191,5 +191,5 @@ def launch_constants(width: int, rank: int, states: int, taps: int, programs: in
         "STAGES": min(_RING_BYTES // stage_bytes, _MAX_STAGES),
         "WARPS": _WARPS,
         "COPIERS": _COPIERS,
-        "AHEAD": max(1, _BYTES_AHEAD // stage_bytes - 1),
+        "AHEAD": max(1, triton.cdiv(_BYTES_AHEAD, stage_bytes) - 1),
     }
