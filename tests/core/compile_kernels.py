@@ -15,7 +15,8 @@ from tests.compiling import compiled_for_hopper, print_records, source_of
 NUM_STATES, WIDTH = 16, 4
 SCAN = {"N": NUM_STATES, "BLOCK_N": 16, "ALIGN": 8}
 CONV = {"K": WIDTH, "HAS_BIAS": True, "BLOCK_D": 128}
-TILES = {"N": NUM_STATES, "ALIGN": 16, "CHECKPOINT": 16, "WARPS": 1, "TILE": 8, "LONG": False}
+TILES = {"N": NUM_STATES, "ALIGN": 16, "CHECKPOINT": 16}
+WIDE = {"GROUPS": 4, "STATES": 4, "WARPS": 4, "TILE": 16}
 NORM = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "ROWS": 4, "BLOCK_H": 512}
 
 # module, kernel, constants, warps
@@ -24,9 +25,9 @@ KERNELS: list[tuple[str, str, dict[str, Any], int]] = [
     ("scan_kernels", "scan_kernel", SCAN | {"BLOCK_D": 64, "CHECKPOINT": 16, "SEGMENTED": True}, 2),
     ("scan_kernels", "scan_segment_kernel", SCAN | {"BLOCK_D": 64}, 2),
     ("scan_kernels", "scan_carry_kernel", {"N": NUM_STATES, "BLOCK": 128}, 4),
-    ("scan_tile_kernels", "scan_tile_kernel", TILES | {"GROUPS": 1, "STATES": 16, "CHANNELS": 1, "WORK": 0}, 1),
-    ("scan_tile_kernels", "scan_tile_kernel", TILES | {"GROUPS": 4, "STATES": 4, "CHANNELS": 2, "WORK": 1}, 1),
-    ("scan_tile_kernels", "scan_tile_kernel", TILES | {"GROUPS": 4, "STATES": 4, "CHANNELS": 2, "WORK": 2}, 1),
+    ("scan_tile_kernels", "scan_tile_kernel", TILES | WIDE | {"WORK": 0}, 4),
+    ("scan_tile_kernels", "scan_tile_kernel", TILES | {"GROUPS": 8, "STATES": 2, "WARPS": 4, "TILE": 32, "WORK": 1}, 4),
+    ("scan_tile_kernels", "scan_tile_kernel", TILES | WIDE | {"WORK": 2}, 4),
     ("scan_kernels", "scan_step_kernel", {"N": NUM_STATES, "BLOCK_N": 16, "BLOCK_D": 64}, 4),
     ("scan_backward_kernels", "scan_backward_kernel", SCAN | {"BLOCK_D": 32, "CHECKPOINT": 16}, 1),
     ("conv_kernels", "conv_kernel", CONV | {"STRIPS": 4, "STRIP": 8}, 4),

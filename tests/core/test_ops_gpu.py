@@ -52,12 +52,13 @@ def test_scan(lengths: list[int], num_channels: int, num_states: int, dtype: tor
     check_scan(make_scan(lengths, num_channels, num_states, dtype, "cuda"), TOLERANCE[dtype])
 
 
-# every one that is chosen, cut up or not, and the plain kernels
+# every one that is chosen, cut up or not, others, and the plain kernels
 TILINGS = [
     *((tiling, False) for tiling in triton_scan._TILINGS.values()),
     (triton_scan._SEGMENT_TILING, True),
-    (triton_scan.Tiling(1, 1, 1, 4), True),
-    (triton_scan.Tiling(8, 2, 4, 16), True),
+    (triton_scan.Tiling(8, 4, 32, 255), True),
+    (triton_scan.Tiling(1, 1, 4, 96), True),
+    (triton_scan.Tiling(2, 2, 16, 128), False),
     None,
 ]
 
@@ -71,9 +72,7 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(triton_scan, "_TILINGS", {0: tiling})
     monkeypatch.setattr(triton_scan, "_SEGMENT_TILING", tiling)
     monkeypatch.setattr(triton_scan, "_FEW_STREAMS", 10**9 if is_cut_up else 0)
-    monkeypatch.setattr(triton_scan, "_WANTED_STREAMS", 10**9)
-    monkeypatch.setattr(triton_scan, "_FEWEST_SEGMENTS", 2)
-    monkeypatch.setattr(triton_scan, "_LEAST_TILED_SEGMENT", 16)
+    monkeypatch.setattr(triton_scan, "_LEAST_CUT_UP", 16)
 
 
 @pytest.mark.usefixtures("tiling")
@@ -92,11 +91,6 @@ def test_every_tiling_of_the_scan(lengths: list[int], num_channels: int, num_sta
 @pytest.mark.parametrize(("num_channels", "num_states"), [(64, 16), (97, 5)])
 def test_gradients_of_every_tiling(num_channels: int, num_states: int) -> None:
     test_scan_gradients(UNEVEN, num_channels, num_states, torch.float32)
-
-
-def test_offsets_of_more_than_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_scan, "_MOST_IN_32_BITS", 0)
-    check_scan(make_scan(UNEVEN, 1536 + 16, 16, torch.bfloat16, "cuda"), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

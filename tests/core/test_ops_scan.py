@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3}
 SHAPES = [([1], 64, 16), ([63], 97, 5), ([3, 0, 17, 1], 97, 16), ([20, 40], 64, 5)]
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "numba", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     poison_memory(monkeypatch)
     return make_backend(request.param)
@@ -251,6 +251,8 @@ def test_tilings_hold_every_state_and_token_once(lengths: list[int], num_states:
         assert states <= 16
         # every lane of a channel takes as many tokens of a tile
         assert tiling.tile % tiling.groups == 0
+        # a multiprocessor has 65,536 registers
+        assert 32 * tiling.warps * tiling.registers <= 65536
         assert length >= 1
         # checkpoints lie on tiles
         assert length == packing.max_seqlen or length % tiling.tile == 0

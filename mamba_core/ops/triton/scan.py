@@ -15,7 +15,7 @@ from mamba_core.ops.packing import Packing
 from mamba_core.ops.triton.layout import as_rows, check_state
 from mamba_core.ops.triton.scan_backward_kernels import scan_backward_kernel
 from mamba_core.ops.triton.scan_kernels import scan_carry_kernel, scan_kernel, scan_segment_kernel, scan_step_kernel
-from mamba_core.ops.triton.scan_tile_kernels import ADDED, OUTPUTS, WHOLE, scan_tile_kernel
+from mamba_core.ops.triton.scan_tile_kernels import FIRST, REST, WHOLE, scan_tile_kernel
 
 # one channel per thread: the kernels' layout needs block = 32 * warps
 _WARPS = 2
@@ -31,10 +31,9 @@ _CHECKPOINT = 16
 _ENOUGH_PROGRAMS = 512
 _WANTED_PROGRAMS = 2048
 _LEAST_SEGMENT = 32
+_MOST_REGISTERS = 255
 # sixteen lanes to a channel, sixteen states to a lane
 _MOST_STATES_IN_TILES = 256
-# with room for the tokens of a tile past the end
-_MOST_IN_32_BITS = 2**31 - 2**24
 # rows walked at once in the backward pass: bounds the scratch memory
 _BACKWARD_ROWS = 256
 
@@ -127,37 +126,33 @@ def has_tiles(x: Tensor, num_states: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How ``scan_tile_kernel`` shares out its work: lanes per channel, channels per lane, warps per program, tokens
-    taken at a time."""
+    """How ``scan_tile_kernel`` shares out its work: lanes per channel, warps per program, tokens taken at a time, and
+    the registers a thread may have."""
 
     groups: int
-    channels: int
     warps: int
     tile: int
+    registers: int
 
 
 # by the channels at work at once from which on they serve best
-_TILINGS = {45056: Tiling(1, 1, 1, 4), 16384: Tiling(2, 1, 1, 8), 0: Tiling(4, 1, 1, 16)}
-# and for what is cut up into segments, up to how many channels at once, to how many, into how many parts
-_SEGMENT_TILING = Tiling(4, 2, 1, 8)
-_FEW_STREAMS = 6144
-_WANTED_STREAMS = 40960
-_FEWEST_SEGMENTS, _MOST_SEGMENTS = 4, 16
-_LEAST_TILED_SEGMENT = 64
+_TILINGS = {65536: Tiling(1, 1, 8, 128), 8192: Tiling(4, 4, 16, 96), 0: Tiling(8, 4, 32, 128)}
+# and for long sequences of few channels, which are cut up: up to how many channels, from which length on, and how
+_SEGMENT_TILING = Tiling(4, 2, 16, 128)
+_FEW_STREAMS, _LEAST_CUT_UP, _SEGMENTS = 2048, 2048, 9
 
 
 def choose_tiling(packing: Packing, dim: int, num_states: int) -> tuple[Tiling, int]:
     """A tiling, and the tokens of a segment: the longest sequence's unless channels are few and sequences long.
 
-    As few lanes per channel as fill the machine, since each more costs additions and exchange; segments cost every
-    exponential twice, so that two or three of them gain nothing.
+    As few lanes per channel as fill the machine, since each more costs exchange. Segments cost every exponential
+    twice, but for the first and the last: they gain a tenth where whole sequences leave half the machine idle.
     """
     # channels of all sequences at work at once, on average until the longest is done
     streams = dim * packing.num_tokens / packing.max_seqlen
-    segments = min(round(_WANTED_STREAMS / streams), _MOST_SEGMENTS, packing.max_seqlen // _LEAST_TILED_SEGMENT)
-    if streams < _FEW_STREAMS and segments >= _FEWEST_SEGMENTS:
+    if streams <= _FEW_STREAMS and packing.max_seqlen >= _LEAST_CUT_UP:
         tiling = _with_room(_SEGMENT_TILING, num_states)
-        return tiling, triton.cdiv(triton.cdiv(packing.max_seqlen, segments), tiling.tile) * tiling.tile
+        return tiling, triton.cdiv(triton.cdiv(packing.max_seqlen, _SEGMENTS), tiling.tile) * tiling.tile
     tiling = next(tiling for least, tiling in _TILINGS.items() if streams >= least)
     return _with_room(tiling, num_states), packing.max_seqlen
 
@@ -166,7 +161,9 @@ def _with_room(tiling: Tiling, num_states: int) -> Tiling:
     """The tiling, or one like it whose lanes have one state at least and no more than their registers hold."""
     block_n = triton.next_power_of_2(num_states)
     groups = min(max(tiling.groups, block_n // 16), block_n)
-    return tiling if groups == tiling.groups else Tiling(groups, 1, 1, max(groups, 4))
+    if groups == tiling.groups and block_n // groups <= 16 // tiling.groups:
+        return tiling
+    return Tiling(groups, 1, max(groups, 4), _MOST_REGISTERS)
 
 
 def states_per_lane(tiling: Tiling, num_states: int) -> int:
@@ -184,11 +181,11 @@ def _forward_in_tiles(
     if segments == 1:
         launch(WHOLE.value, y, y)
         return
-    items = packing.num_rows * segments
+    items = packing.num_rows * (segments - 1)
     entry = torch.empty((items, num_states, dim), dtype=torch.float32, device=x.device)
     total = torch.empty((items, dim), dtype=torch.float32, device=x.device)
-    launch(ADDED.value, entry, total)
-    launch(OUTPUTS.value, entry, total)
+    launch(FIRST.value, entry, total)
+    launch(REST.value, entry, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +206,10 @@ class _TileLaunch:
         dim, num_states = A.shape
         strides = (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), z.stride(0), self.y.stride(0))
         tiling, packing = self.tiling, self.packing
-        block_d = tiling.channels * tiling.warps * 32 // tiling.groups
-        scan_tile_kernel[(packing.num_rows * self.segments, triton.cdiv(dim, block_d))](
+        # each launch leaves one segment to the other, but for a whole sequence
+        segments_at_once = max(self.segments - 1, 1)
+        block_d = tiling.warps * 32 // tiling.groups
+        scan_tile_kernel[(packing.num_rows * segments_at_once, triton.cdiv(dim, block_d))](
             *self.inputs,
             self.y,
             self.state,
@@ -222,19 +221,18 @@ class _TileLaunch:
             *strides,
             self.state.stride(0),
             dim,
-            self.segments,
+            segments_at_once,
             self.length,
             N=num_states,
             GROUPS=tiling.groups,
             STATES=states_per_lane(tiling, num_states),
-            CHANNELS=tiling.channels,
             WARPS=tiling.warps,
             TILE=tiling.tile,
-            ALIGN=math.gcd(B.stride(0), C.stride(0), 16),
+            ALIGN=math.gcd(*strides, 16),
             CHECKPOINT=0 if self.checkpoint is None else _CHECKPOINT,
             WORK=work,
-            LONG=self.length * max(strides) + dim > _MOST_IN_32_BITS,
             num_warps=tiling.warps,
+            maxnreg=tiling.registers,
         )
 
 

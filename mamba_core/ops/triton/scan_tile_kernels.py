@@ -1,16 +1,19 @@
 """Selective scan, forward, with layouts spelled out: one Gluon kernel, for NVIDIA GPUs.
 
-A channel's states are shared out among GROUPS lanes of one warp, STATES to each, and a lane has CHANNELS channels: few
-channels fill the machine as well as many, and what a lane reads of B and C serves all its channels. A program takes
-TILE tokens at a time, in three steps:
+A channel's states are shared out among GROUPS lanes of one warp, STATES to each: few channels fill the machine as well
+as many. A program takes TILE tokens at a time, in three steps:
 
-1. What concerns a token and channel alone, softplus, delta * x and the gate, is computed once, tokens shared out among
-   the lanes, and spread to the lanes that need it through shared memory, B and C likewise, in fp32.
-2. The recurrence, one token after the other; the lanes of a channel add up their shares of each output.
-3. Skip, gate and store, again with the tokens shared out among the lanes.
+1. What concerns a token and channel alone, softplus, delta * x and the gate, is computed once, tokens and channels
+   shared out among all lanes, and spread to the lanes that need it through shared memory, B and C likewise, in fp32.
+2. The recurrence, one token after the other; each lane keeps its share of every output.
+3. The shares change places through shared memory and are added up; skip, gate and store.
 
-The inputs of the next tile are on their way meanwhile. The special-function units, 4 exponentials per cycle and
-scheduler, are the limit aimed at, so softplus takes one of them instead of three and the gate a reciprocal root.
+The inputs of the next tile are on their way meanwhile. All that was read is widened before the next reads start, and
+what was just read is left alone until the next tile: else the compiler, which has six scoreboards, lets exponentials
+wait for memory.
+
+The special-function units, 4 exponentials per cycle and scheduler, are the limit aimed at, so softplus takes one of
+them instead of three and the gate a reciprocal root.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from mamba_core.ops.triton.math import LOG2_E
 
 # what a launch does: whole sequences from and to the state, or their segments in two launches
 WHOLE = gl.constexpr(0)
-ADDED = gl.constexpr(1)
-OUTPUTS = gl.constexpr(2)
+FIRST = gl.constexpr(1)
+REST = gl.constexpr(2)
 
 
 @gluon.jit
@@ -56,18 +59,168 @@ def _pick(tile, token, i):
 
 
 @gluon.jit
-def _entry(entry_ptr, total_ptr, a, n, d, mask, row_item, segment, dim, N: gl.constexpr):
-    """The state a segment starts from: what the state and the segments before it add, decayed."""
-    h = gl.load(entry_ptr + row_item * dim * N + n * dim + d, mask=mask, other=0.0)
+def _read(ptr, stride, token, column, left, mask, ALIGN: gl.constexpr):
+    """Rows ``token`` [tokens, 1] from ``ptr`` on, ``left`` of which are the sequence's; instead of others, its last."""
+    offset = gl.multiple_of(gl.minimum(token, left - 1) * stride, [1, ALIGN])
+    return gl.load(ptr + (offset + column), mask=mask, other=0.0)
+
+
+@gluon.jit
+def _entry(entry_ptr, total_ptr, a, n, d, mask, item, segment, dim, N: gl.constexpr):
+    """The state a segment starts from: the one after the first segment, decayed, and what those between add."""
+    h = gl.load(entry_ptr + item * dim * N + n * dim + d, mask=mask, other=0.0)
     # several at a time, so that their loads wait together
-    for first in range(0, segment, 4):
+    for first in range(1, segment, 4):
         for k in gl.static_range(4):
-            item = row_item + first + k
             is_before = first + k < segment
-            total = gl.load(total_ptr + item * dim + d, mask=(d < dim) & is_before, other=0.0)
-            added = gl.load(entry_ptr + (item + 1) * dim * N + n * dim + d, mask=mask & is_before, other=0.0)
+            total = gl.load(total_ptr + (item + first + k) * dim + d, mask=(d < dim) & is_before, other=0.0)
+            place = (item + first + k) * dim * N + n * dim + d
+            added = gl.load(entry_ptr + place, mask=mask & is_before, other=0.0)
             h = gl.exp2(total * a) * h + added
     return h
+
+
+@gluon.jit
+def _walk(
+    h,
+    a,
+    keep_ptrs,
+    keep_mask,
+    keep_stride,
+    position,
+    x_ptr,
+    dt_ptr,
+    b_ptr,
+    c_ptr,
+    d_ptr,
+    z_ptr,
+    bias_ptr,
+    y_ptr,
+    x_stride,
+    dt_stride,
+    b_stride,
+    c_stride,
+    z_stride,
+    y_stride,
+    dim,
+    length,
+    N: gl.constexpr,
+    GROUPS: gl.constexpr,
+    STATES: gl.constexpr,
+    WARPS: gl.constexpr,
+    TILE: gl.constexpr,
+    ALIGN: gl.constexpr,
+    CHECKPOINT: gl.constexpr,
+    HAS_OUTPUTS: gl.constexpr,
+):
+    """The state after ``length`` tokens that start at the pointers, and the sum of their delta; their outputs, if
+    HAS_OUTPUTS."""
+    BLOCK_N: gl.constexpr = GROUPS * STATES
+    LANES: gl.constexpr = 32 // GROUPS
+    BLOCK_D: gl.constexpr = LANES * WARPS
+    # [tokens, states, channels], and with delta and gain in pairs [tokens, states, channels, 2]
+    FULL: gl.constexpr = gl.BlockedLayout([1, STATES, 1], [1, GROUPS, LANES], [1, 1, WARPS], [2, 1, 0])
+    PAIRED: gl.constexpr = gl.BlockedLayout([1, STATES, 1, 2], [1, GROUPS, LANES, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
+    ROW_N: gl.constexpr = gl.SliceLayout(2, FULL)
+    ROW_D: gl.constexpr = gl.SliceLayout(1, FULL)
+    # [tokens, groups, channels]: a lane's shares of the outputs of a tile, and all shares of its outputs
+    SHARES: gl.constexpr = gl.BlockedLayout([TILE, 1, 1], [1, GROUPS, LANES], [1, 1, WARPS], [2, 1, 0])
+    VECTOR: gl.constexpr = 1 if GROUPS == 1 else min(TILE // GROUPS, BLOCK_D, 4)
+    ACROSS: gl.constexpr = min(BLOCK_D // VECTOR, 32)
+    ASIDE: gl.constexpr = BLOCK_D // (VECTOR * ACROSS)
+    TURNED: gl.constexpr = gl.BlockedLayout(
+        [1, GROUPS, VECTOR], [32 // ACROSS, 1, ACROSS], [WARPS // ASIDE, 1, ASIDE], [2, 1, 0]
+    )
+    # [tokens, channels] as read and written; one lane to a channel has all its tokens
+    SPREAD: gl.constexpr = gl.BlockedLayout([1, VECTOR], [32 // ACROSS, ACROSS], [WARPS // ASIDE, ASIDE], [1, 0])
+    # [tokens, states] as read
+    WIDTH: gl.constexpr = min(BLOCK_N, 4)
+    PER_ROW: gl.constexpr = min(BLOCK_N // WIDTH, 32)
+    NARROW: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32 // PER_ROW, PER_ROW], [WARPS, 1], [1, 0])
+
+    t = gl.arange(0, TILE, layout=gl.SliceLayout(1, SPREAD))[:, None]
+    d = gl.program_id(1) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, SPREAD))[None, :]
+    mask_d = d < dim
+    bias = gl.load(bias_ptr + d, mask=mask_d, other=0.0).to(gl.float32)
+    skip = gl.load(d_ptr + d, mask=mask_d, other=0.0).to(gl.float32)
+    narrow_t = gl.arange(0, TILE, layout=gl.SliceLayout(1, NARROW))[:, None]
+    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, NARROW))[None, :]
+    mask_n = n < N
+    share_t = gl.arange(0, TILE, layout=gl.SliceLayout(1, gl.SliceLayout(2, SHARES)))[:, None, None]
+
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    shared_b = gl.allocate_shared_memory(gl.float32, [TILE, BLOCK_N], PLAIN)
+    if GROUPS > 1:
+        PLAIN_PAIRS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+        shared_pair = gl.allocate_shared_memory(gl.float32, [TILE, BLOCK_D, 2], PLAIN_PAIRS)
+    if HAS_OUTPUTS:
+        shared_c = gl.allocate_shared_memory(gl.float32, [TILE, BLOCK_N], PLAIN)
+    total = gl.zeros([TILE, BLOCK_D], gl.float32, layout=SPREAD)
+
+    next_x = _read(x_ptr, x_stride, t, d, length, mask_d, ALIGN)
+    next_dt = _read(dt_ptr, dt_stride, t, d, length, mask_d, ALIGN)
+    next_b = _read(b_ptr, b_stride, narrow_t, n, length, mask_n, ALIGN)
+    if HAS_OUTPUTS:
+        next_z = _read(z_ptr, z_stride, t, d, length, mask_d, ALIGN)
+        next_c = _read(c_ptr, c_stride, narrow_t, n, length, mask_n, ALIGN)
+    for first in range(0, length, TILE):
+        left = length - first
+        x = next_x.to(gl.float32)
+        dt = next_dt.to(gl.float32) + bias
+        b = next_b.to(gl.float32)
+        x_ptr += TILE * x_stride
+        dt_ptr += TILE * dt_stride
+        b_ptr += gl.multiple_of(TILE * b_stride, ALIGN)
+        next_x = _read(x_ptr, x_stride, t, d, left - TILE, mask_d, ALIGN)
+        next_dt = _read(dt_ptr, dt_stride, t, d, left - TILE, mask_d, ALIGN)
+        next_b = _read(b_ptr, b_stride, narrow_t, n, left - TILE, mask_n, ALIGN)
+        if HAS_OUTPUTS:
+            z = next_z.to(gl.float32)
+            c = next_c.to(gl.float32)
+            z_ptr += TILE * z_stride
+            c_ptr += gl.multiple_of(TILE * c_stride, ALIGN)
+            next_z = _read(z_ptr, z_stride, t, d, left - TILE, mask_d, ALIGN)
+            next_c = _read(c_ptr, c_stride, narrow_t, n, left - TILE, mask_n, ALIGN)
+
+        # a delta of zero leaves the state as it is
+        delta = gl.where(t < left, _softplus(dt), 0.0)
+        gain = delta * x
+        if GROUPS > 1:
+            shared_pair.store(gl.join(delta, gain))
+        shared_b.store(b)
+        if HAS_OUTPUTS:
+            shared_c.store(c)
+            shares = gl.zeros([TILE, GROUPS, BLOCK_D], gl.float32, layout=SHARES)
+        else:
+            total += delta
+
+        for i in gl.static_range(TILE):
+            if CHECKPOINT > 0 and i % CHECKPOINT == 0:
+                at = position + first + i
+                if at % CHECKPOINT == 0 and i < left:
+                    gl.store(keep_ptrs + at // CHECKPOINT * keep_stride, h, mask=keep_mask)
+            if GROUPS > 1:
+                delta_i, gain_i = gl.split(shared_pair.slice(i, 1).load(gl.SliceLayout(1, PAIRED)))
+                delta_i = gl.convert_layout(delta_i, ROW_D)
+                gain_i = gl.convert_layout(gain_i, ROW_D)
+            else:
+                delta_i = gl.convert_layout(_pick(delta, t, i), gl.SliceLayout(0, ROW_D))[None, :]
+                gain_i = gl.convert_layout(_pick(gain, t, i), gl.SliceLayout(0, ROW_D))[None, :]
+            b_i = shared_b.slice(i, 1).load(ROW_N)
+            h = gl.exp2(delta_i[:, None, :] * a) * h + gain_i[:, None, :] * b_i[:, :, None]
+            if HAS_OUTPUTS:
+                c_i = shared_c.slice(i, 1).load(ROW_N)
+                # over the lane's own states alone
+                share = gl.sum(gl.reshape(h * c_i[:, :, None], [1, GROUPS, STATES, BLOCK_D]), axis=2)
+                shares = gl.where(share_t == i, gl.convert_layout(share, SHARES), shares)
+
+        if HAS_OUTPUTS:
+            y = gl.convert_layout(gl.sum(gl.convert_layout(shares, TURNED), axis=1), SPREAD)
+            y = (y + skip * x) * _silu(z)
+            offset = gl.multiple_of(t * y_stride, [1, ALIGN]) + d
+            gl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=(t < left) & mask_d)
+            y_ptr += TILE * y_stride
+    return h, gl.convert_layout(gl.sum(total, axis=0), gl.SliceLayout(0, ROW_D))
 
 
 @gluon.jit(do_not_specialize=["slots_ptr", "num_segments", "segment_size"])
@@ -100,169 +253,79 @@ def scan_tile_kernel(
     N: gl.constexpr,
     GROUPS: gl.constexpr,
     STATES: gl.constexpr,
-    CHANNELS: gl.constexpr,
     WARPS: gl.constexpr,
     TILE: gl.constexpr,
     ALIGN: gl.constexpr,
     CHECKPOINT: gl.constexpr,
     WORK: gl.constexpr,
-    LONG: gl.constexpr,
 ):
-    """One segment of one sequence (program 0), CHANNELS * 32 / GROUPS * WARPS channels (program 1).
+    """One sequence, or a segment of one (program 0), 32 / GROUPS * WARPS channels (program 1).
 
-    WHOLE: from and to the state; num_segments is 1. ADDED: what each segment but the last adds to the state, in
-    ``entry`` [rows * segments, N, D] one further on, where the first entry is the state itself, and the sum of its
-    delta, in ``total`` [rows * segments, D]. OUTPUTS: from those the outputs, and the last state in its slot.
+    WHOLE: from and to the state. Else of each sequence's segments, two or more, a launch takes all but one,
+    num_segments of them. FIRST, all but the last: the first one's outputs and the state after it, and for each of
+    the others what it adds to the state, both in ``entry`` [rows * num_segments, N, D], and the sum of its delta,
+    in ``total`` [rows * num_segments, D]. REST, all but the first: from those their outputs, and the last state.
 
-    ALIGN divides the row strides of B and C; LONG says that offsets within a segment may not fit 32 bits. With
-    CHECKPOINT > 0, a power of two, the state before every CHECKPOINT-th token of a sequence is kept, in
-    ``checkpoint`` [entries, channel groups, N, 32].
+    ALIGN divides the strides of all rows. With CHECKPOINT > 0, a power of two, the state before every CHECKPOINT-th
+    token of a sequence is kept, in ``checkpoint`` [entries, channel groups, N, 32].
     """
     BLOCK_N: gl.constexpr = GROUPS * STATES
-    LANES: gl.constexpr = 32 // GROUPS
-    BLOCK_D: gl.constexpr = CHANNELS * LANES * WARPS
-    # [tokens, states, channels]
-    FULL: gl.constexpr = gl.BlockedLayout([1, STATES, CHANNELS], [1, GROUPS, LANES], [1, 1, WARPS], [2, 1, 0])
-    ROW_N: gl.constexpr = gl.SliceLayout(2, FULL)
-    ROW_D: gl.constexpr = gl.SliceLayout(1, FULL)
-    # [tokens, channels], the tokens shared out among the lanes that share a channel
-    SPREAD: gl.constexpr = gl.BlockedLayout([1, CHANNELS], [GROUPS, LANES], [1, WARPS], [1, 0])
-    # [tokens, states] as loaded
-    WIDTH: gl.constexpr = 4 if BLOCK_N >= 4 else BLOCK_N
-    PER_ROW: gl.constexpr = BLOCK_N // WIDTH if BLOCK_N // WIDTH < 32 else 32
-    NARROW: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32 // PER_ROW, PER_ROW], [WARPS, 1], [1, 0])
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    BLOCK_D: gl.constexpr = 32 // GROUPS * WARPS
+    FULL: gl.constexpr = gl.BlockedLayout([1, STATES, 1], [1, GROUPS, 32 // GROUPS], [1, 1, WARPS], [2, 1, 0])
 
-    item = gl.program_id(0)
+    item = gl.program_id(0).to(gl.int64)
     row = item // num_segments
-    segment = item % num_segments
+    segment = (item % num_segments).to(gl.int32)
+    if WORK == REST:
+        segment += 1
     begin = gl.load(cu_seqlens_ptr + row).to(gl.int64)
-    left = gl.load(cu_seqlens_ptr + row + 1).to(gl.int64) - begin - segment.to(gl.int64) * segment_size
+    position = segment.to(gl.int64) * segment_size
+    left = gl.load(cu_seqlens_ptr + row + 1) - begin - position
     is_last = left <= segment_size
     length = gl.minimum(left, segment_size).to(gl.int32)
-    if WORK == ADDED:
-        length = gl.where(is_last, 0, length)
+    if WORK == FIRST:
+        length = gl.where(is_last & (segment > 0), 0, length)
     if length <= 0:
         return
-    item = item.to(gl.int64)
-    start = begin + segment.to(gl.int64) * segment_size
 
-    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, ROW_N))[None, :, None]
-    channel = (gl.program_id(1) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, ROW_D)))[None, None, :]
-    mask = (n < N) & (channel < dim)
-    a = gl.load(a_ptr + channel * N + n, mask=mask, other=0.0).to(gl.float32) * LOG2_E
-    home = state_ptr + gl.load(slots_ptr + row).to(gl.int64) * state_stride + channel * N + n
-    if WORK == WHOLE:
-        h = gl.load(home, mask=mask, other=0.0).to(gl.float32)
-    elif WORK == ADDED:
-        if segment == 0:
-            old = gl.load(home, mask=mask, other=0.0).to(gl.float32)
-            gl.store(entry_ptr + item * dim * N + n * dim + channel, old, mask=mask)
-        h = gl.zeros([1, BLOCK_N, BLOCK_D], gl.float32, layout=FULL)
-    else:
-        h = _entry(entry_ptr, total_ptr, a, n, channel, mask, item - segment, segment, dim, N)
-        # a sequence of one segment adds nothing, and no other program touches its state
-        if is_last and segment == 0:
-            h = gl.load(home, mask=mask, other=0.0).to(gl.float32)
-
-    t = gl.arange(0, TILE, layout=gl.SliceLayout(1, SPREAD))[:, None]
-    d = (gl.program_id(1) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, SPREAD)))[None, :]
-    mask_d = d < dim
-    bias = gl.load(bias_ptr + d, mask=mask_d, other=0.0).to(gl.float32)
-    skip = gl.load(d_ptr + d, mask=mask_d, other=0.0).to(gl.float32)
-    narrow_t = gl.arange(0, TILE, layout=gl.SliceLayout(1, NARROW))[:, None]
-    narrow_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, NARROW))[None, :]
-    mask_n = narrow_n < N
+    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, gl.SliceLayout(2, FULL)))[None, :, None]
+    flat_d = gl.program_id(1) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, gl.SliceLayout(1, FULL)))
+    d = flat_d[None, None, :]
+    mask = (n < N) & (d < dim)
+    a = gl.load(a_ptr + d * N + n, mask=mask, other=0.0).to(gl.float32) * LOG2_E
+    home = state_ptr + gl.load(slots_ptr + row).to(gl.int64) * state_stride + d * N + n
+    entry = entry_ptr + item * dim * N + n * dim + d
+    keep_stride = (dim + 31) // 32 * (N * 32)
+    keep_ptrs = checkpoint_ptr + (begin // CHECKPOINT + row) * keep_stride if CHECKPOINT > 0 else checkpoint_ptr
+    keep_ptrs += (d // 32) * (N * 32) + n * 32 + d % 32
+    start = begin + position
     x_ptr += start * x_stride
     dt_ptr += start * dt_stride
     b_ptr += gl.multiple_of(start * b_stride, ALIGN)
-    if WORK != ADDED:
-        z_ptr += start * z_stride
-        y_ptr += start * y_stride
-        c_ptr += gl.multiple_of(start * c_stride, ALIGN)
+    c_ptr += gl.multiple_of(start * c_stride, ALIGN)
+    z_ptr += start * z_stride
+    y_ptr += start * y_stride
 
-    if GROUPS > 1:
-        shared_delta = gl.allocate_shared_memory(gl.float32, [TILE, BLOCK_D], SHARED)
-        shared_gain = gl.allocate_shared_memory(gl.float32, [TILE, BLOCK_D], SHARED)
-    shared_b = gl.allocate_shared_memory(gl.float32, [TILE, BLOCK_N], SHARED)
-    if WORK == ADDED:
-        total = gl.zeros([TILE, BLOCK_D], gl.float32, layout=SPREAD)
+    if WORK == REST:
+        h = _entry(entry_ptr, total_ptr, a, n, d, mask, item - segment + 1, segment, dim, N)
     else:
-        shared_c = gl.allocate_shared_memory(gl.float32, [TILE, BLOCK_N], SHARED)
-
-    # past the end the last token is read again, so that no read depends on the length
-    at = gl.minimum(t, length - 1)
-    narrow_at = gl.minimum(narrow_t, length - 1)
-    next_x = gl.load(x_ptr + (at * x_stride + d), mask=mask_d, other=0.0)
-    next_dt = gl.load(dt_ptr + (at * dt_stride + d), mask=mask_d, other=0.0)
-    next_b = gl.load(b_ptr + (gl.multiple_of(narrow_at * b_stride, [1, ALIGN]) + narrow_n), mask=mask_n, other=0.0)
-    if WORK != ADDED:
-        next_z = gl.load(z_ptr + (at * z_stride + d), mask=mask_d, other=0.0)
-        next_c = gl.load(c_ptr + (gl.multiple_of(narrow_at * c_stride, [1, ALIGN]) + narrow_n), mask=mask_n, other=0.0)
-    for first in range(0, length, TILE):
-        x = next_x.to(gl.float32)
-        dt = next_dt.to(gl.float32) + bias
-        b = next_b.to(gl.float32)
-        if WORK != ADDED:
-            z = next_z.to(gl.float32)
-            c = next_c.to(gl.float32)
-        at = gl.minimum(t + (first + TILE), length - 1)
-        narrow_at = gl.minimum(narrow_t + (first + TILE), length - 1)
-        if LONG:
-            at = at.to(gl.int64)
-            narrow_at = narrow_at.to(gl.int64)
-        next_x = gl.load(x_ptr + (at * x_stride + d), mask=mask_d, other=0.0)
-        next_dt = gl.load(dt_ptr + (at * dt_stride + d), mask=mask_d, other=0.0)
-        next_b = gl.load(b_ptr + (gl.multiple_of(narrow_at * b_stride, [1, ALIGN]) + narrow_n), mask=mask_n, other=0.0)
-        if WORK != ADDED:
-            narrow_offset = gl.multiple_of(narrow_at * c_stride, [1, ALIGN]) + narrow_n
-            next_z = gl.load(z_ptr + (at * z_stride + d), mask=mask_d, other=0.0)
-            next_c = gl.load(c_ptr + narrow_offset, mask=mask_n, other=0.0)
-
-        # a delta of zero leaves the state as it is
-        delta = gl.where(t < length - first, _softplus(dt), 0.0)
-        gain = delta * x
-        if GROUPS > 1:
-            shared_delta.store(delta)
-            shared_gain.store(gain)
-        shared_b.store(b)
-        if WORK == ADDED:
-            total += delta
-        else:
-            shared_c.store(c)
-            gate = _silu(z)
-            y = gl.zeros([TILE, BLOCK_D], gl.float32, layout=SPREAD)
-
-        for i in gl.static_range(TILE):
-            if CHECKPOINT > 0 and i % CHECKPOINT == 0:
-                position = segment * segment_size + first + i
-                if position % CHECKPOINT == 0 and first + i < length:
-                    index = begin // CHECKPOINT + row + position // CHECKPOINT
-                    keep_ptr = checkpoint_ptr + index * ((dim + 31) // 32) * (N * 32)
-                    gl.store(keep_ptr + (channel // 32) * (N * 32) + n * 32 + channel % 32, h, mask=mask)
-            if GROUPS > 1:
-                delta_i = shared_delta.slice(i, 1).load(ROW_D)
-                gain_i = shared_gain.slice(i, 1).load(ROW_D)
-            else:
-                delta_i = gl.convert_layout(_pick(delta, t, i), gl.SliceLayout(0, ROW_D))[None, :]
-                gain_i = gl.convert_layout(_pick(gain, t, i), gl.SliceLayout(0, ROW_D))[None, :]
-            b_i = shared_b.slice(i, 1).load(ROW_N)
-            h = gl.exp2(delta_i[:, None, :] * a) * h + gain_i[:, None, :] * b_i[:, :, None]
-            if WORK != ADDED:
-                c_i = shared_c.slice(i, 1).load(ROW_N)
-                y_i = gl.sum(h * c_i[:, :, None], axis=1)
-                y = gl.where(t == i, gl.convert_layout(y_i, SPREAD), y)
-        if WORK != ADDED:
-            y = (y + skip * x) * gate
-            at = t + first
-            live = (at < length) & mask_d
-            if LONG:
-                at = at.to(gl.int64)
-            gl.store(y_ptr + (at * y_stride + d), y.to(y_ptr.dtype.element_ty), mask=live)
-
-    if WORK == ADDED:
-        gl.store(entry_ptr + (item + 1) * dim * N + n * dim + channel, h, mask=mask)
-        flat_d = gl.program_id(1) * BLOCK_D + gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, SPREAD))
-        gl.store(total_ptr + item * dim + flat_d, gl.sum(total, axis=0), mask=flat_d < dim)
-    elif WORK == WHOLE or is_last:
+        h = gl.load(home, mask=mask & (segment == 0), other=0.0).to(gl.float32)
+    if WORK == FIRST and segment > 0:
+        h, total = _walk(
+            h, a, keep_ptrs, mask, keep_stride, position,
+            x_ptr, dt_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, y_ptr,
+            x_stride, dt_stride, b_stride, c_stride, z_stride, y_stride,
+            dim, length, N, GROUPS, STATES, WARPS, TILE, ALIGN, 0, False,
+        )  # fmt: skip
+        gl.store(total_ptr + item * dim + flat_d, total, mask=flat_d < dim)
+    else:
+        h, total = _walk(
+            h, a, keep_ptrs, mask, keep_stride, position,
+            x_ptr, dt_ptr, b_ptr, c_ptr, d_ptr, z_ptr, bias_ptr, y_ptr,
+            x_stride, dt_stride, b_stride, c_stride, z_stride, y_stride,
+            dim, length, N, GROUPS, STATES, WARPS, TILE, ALIGN, CHECKPOINT, True,
+        )  # fmt: skip
+    if WORK == WHOLE or is_last:
         gl.store(home, h.to(state_ptr.dtype.element_ty), mask=mask)
+    elif WORK == FIRST:
+        gl.store(entry, h, mask=mask)
