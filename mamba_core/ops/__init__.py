@@ -16,8 +16,11 @@ scratch slot of padding rows, whose content is never meaningful.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from mamba_core.ops.packing import Packing
@@ -33,14 +36,36 @@ __all__ = [
 ]
 
 
-def _backend(x: Tensor) -> ModuleType:
+def _backend(x: Tensor, *others: Tensor | None) -> ModuleType:
+    """Where the kernels are for tensors on the device of x; ``others`` are what else may want a gradient."""
     if x.device.type == "cuda":
         from mamba_core.ops import triton
 
         return triton
+    if _has_machine_code(x) and not (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+    ):
+        from mamba_core.ops import numba_ops
+
+        return numba_ops
     from mamba_core.ops import cpu
 
     return cpu
+
+
+def _has_machine_code(x: Tensor) -> bool:
+    """Whether numba makes code for such tensors; it is not everywhere where torch is."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and _has_numba()
+    )
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
@@ -50,13 +75,13 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
     updated in place. Returns [T, D] in x's dtype. Differentiable in x, weight and bias; no gradient flows through
     the state.
     """
-    y: Tensor = _backend(x).causal_conv1d(x, weight, bias, state, packing)
+    y: Tensor = _backend(x, weight, bias).causal_conv1d(x, weight, bias, state, packing)
     return y
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
     """``causal_conv1d`` of one token per row: x [B, D], slots [B] int64. Not differentiable."""
-    y: Tensor = _backend(x).causal_conv1d_step(x, weight, bias, state, slots)
+    y: Tensor = _backend(x, weight, bias).causal_conv1d_step(x, weight, bias, state, slots)
     return y
 
 
@@ -80,7 +105,7 @@ def selective_scan(
     x, dt, z [T, D]; A [D, N] fp32, negative; B, C [T, N]; D, dt_bias [D]; state [S, D, N] updated in place.
     Arithmetic is fp32. Returns y [T, D] in x's dtype. Differentiable in everything but the state.
     """
-    y: Tensor = _backend(x).selective_scan(x, dt, A, B, C, D, z, dt_bias, state, packing)
+    y: Tensor = _backend(x, dt, A, B, C, D, z, dt_bias).selective_scan(x, dt, A, B, C, D, z, dt_bias, state, packing)
     return y
 
 
@@ -97,13 +122,13 @@ def selective_scan_step(
     slots: Tensor,
 ) -> Tensor:
     """``selective_scan`` of one token per row: x, dt, z [B, D]; B, C [B, N]; slots [B] int64. Not differentiable."""
-    y: Tensor = _backend(x).selective_scan_step(x, dt, A, B, C, D, z, dt_bias, state, slots)
+    y: Tensor = _backend(x, dt, A, B, C, D, z, dt_bias).selective_scan_step(x, dt, A, B, C, D, z, dt_bias, state, slots)
     return y
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, in fp32; x [T, H], weight [H] or None. Returns x's dtype."""
-    y: Tensor = _backend(x).rms_norm(x, weight, eps)
+    y: Tensor = _backend(x, weight).rms_norm(x, weight, eps)
     return y
 
 
@@ -114,5 +139,5 @@ def rms_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     """
     norm: Tensor
     total: Tensor
-    norm, total = _backend(x).rms_norm_residual(x, residual, weight, eps)
+    norm, total = _backend(x, residual, weight).rms_norm_residual(x, residual, weight, eps)
     return norm, total

@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3}
 SHAPES = [([1], 64, 4), ([63], 97, 2), ([3, 0, 17, 1, 2], 97, 5), ([20, 40], 64, 3)]
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "numba", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     poison_memory(monkeypatch)
     return make_backend(request.param)

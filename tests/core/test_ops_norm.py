@@ -14,7 +14,7 @@ EPS = 1e-5
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "numba", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     poison_memory(monkeypatch)
     return make_backend(request.param)

@@ -1,0 +1,132 @@
+"""The causal convolution with SiLU: one task is a sequence and a few channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from mamba_core.ops.numba_ops.lanes import (
+    WIDTH,
+    fetch_add,
+    fma,
+    load,
+    load_int32,
+    load_int64,
+    load_lanes,
+    prefetch,
+    silu,
+    store,
+    store_lanes,
+)
+from mamba_core.ops.numba_ops.team import callback, flat, matrix, matrix_names, plain, record_of, run
+from mamba_core.ops.numba_ops.tiles import aligned, channels_per_task, turn_in, turn_out
+from mamba_core.ops.packing import Packing
+
+# tokens between a line's being asked for and its use
+_AHEAD = 8
+
+_ARGUMENTS = record_of(
+    (
+        *("next_task", "num_tasks", "num_blocks", "block", "num_channels", "width"),
+        *(*matrix_names("x"), *matrix_names("y")),
+        *("weight", "bias", "state", "state_size", "slots", "bounds"),
+    )
+)
+
+
+@njit(error_model="numpy")
+def _conv_block(a: Any, row: int, channel: int) -> None:
+    """All tokens of one sequence for ``a.block`` channels, from ``channel`` on."""
+    begin, end = load_int32(a.bounds + 4 * row), load_int32(a.bounds + 4 * row + 4)
+    if end <= begin:
+        return
+    num_channels, before = min(a.block, a.num_channels - channel), a.width - 1
+    scratch = np.empty(a.block * 2 * a.width + WIDTH, np.float32)
+    taps = aligned(scratch)
+    history = taps + 4 * a.block * a.width
+    own_state = a.state + a.state_size * (load_int64(a.slots + 8 * row) * a.num_channels + channel) * before
+    turn_in(a.weight + 4 * channel * a.width, 4, taps, num_channels, a.width, np.float32(1.0))
+    turn_in(own_state, a.state_size, history, num_channels, before, np.float32(1.0))
+    for token in range(begin, end):
+        for first in range(0, num_channels, WIDTH):
+            here, count = channel + first, num_channels - first
+            x, tap = a.x + token * a.x_stride + here * a.x_size, taps + 4 * first * a.width
+            prefetch(x + _AHEAD * a.x_stride)
+            y = load(a.bias + 4 * here, 4, count)
+            for k in range(a.width):
+                back = before - k
+                if token - begin >= back:
+                    value = load(x - back * a.x_stride, a.x_size, count)
+                else:
+                    value = load_lanes(history + 4 * first * before + 64 * (token - begin + k))
+                y = fma(value, load_lanes(tap + 64 * k), y)
+            store(a.y + token * a.y_stride + here * a.y_size, silu(y), a.y_size, count)
+    _keep_tail(a, channel, num_channels, begin, end, history)
+    turn_out(history, own_state, a.state_size, num_channels, before)
+
+
+@njit(error_model="numpy")
+def _keep_tail(a: Any, channel: int, num_channels: int, begin: int, end: int, history: int) -> None:
+    """The last K-1 inputs of a sequence and its history, into the history."""
+    before, length = a.width - 1, end - begin
+    for first in range(0, num_channels, WIDTH):
+        own = history + 4 * first * before
+        for k in range(before):
+            # of what is read here nothing has been overwritten: it lies further on
+            if length + k < before:
+                value = load_lanes(own + 64 * (length + k))
+            else:
+                x = a.x + (end + k - before) * a.x_stride + (channel + first) * a.x_size
+                value = load(x, a.x_size, num_channels - first)
+            store_lanes(own + 64 * k, value)
+
+
+@callback(_ARGUMENTS)
+def _conv_tasks(pointer: Any) -> None:
+    """Take tasks until none is left."""
+    arguments = carray(pointer, 1)
+    a, counter = arguments[0], arguments.ctypes.data
+    task = fetch_add(counter, 1)
+    while task < a.num_tasks:
+        _conv_block(a, task // a.num_blocks, task % a.num_blocks * a.block)
+        task = fetch_add(counter, 1)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
+    """See ``mamba_core.ops.causal_conv1d``."""
+    return _conv(x, weight, bias, state, packing.slots, packing.cu_seqlens)
+
+
+def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
+    """See ``mamba_core.ops.causal_conv1d_step``."""
+    return _conv(x, weight, bias, state, slots, torch.arange(len(slots) + 1, dtype=torch.int32))
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor, bounds: Tensor) -> Tensor:
+    if state.dtype not in (torch.float32, torch.bfloat16) or not state.is_contiguous():
+        own = state[slots].float().contiguous()
+        y = _conv(x, weight, bias, own, torch.arange(len(slots)), bounds)
+        state[slots] = own.to(state.dtype)
+        return y
+    num_rows, (num_channels, width) = len(slots), weight.shape
+    y = torch.empty(x.shape, dtype=x.dtype)
+    parts = [plain(x), plain(y)]
+    vectors = [flat(weight), flat(weight.new_zeros(num_channels) if bias is None else bias)]
+    slots, bounds = slots.contiguous(), bounds.contiguous()
+    block = channels_per_task(num_rows, num_channels)
+    num_blocks = -(-num_channels // block)
+    run(
+        _conv_tasks,
+        (
+            *(num_blocks, block, num_channels, width),
+            *(number for part in parts for number in matrix(part)),
+            *(t.data_ptr() for t in (*vectors, state)),
+            *(state.itemsize, slots.data_ptr(), bounds.data_ptr()),
+        ),
+        num_rows * num_blocks,
+    )
+    return y
