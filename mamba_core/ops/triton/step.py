@@ -183,7 +183,7 @@ def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
     if rows <= _VERY_FEW_ROWS:
         return _multiply_rows(xz, weight, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
     y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
-    _share_out(step, xz, weight, _tile_shared(rows, dim, 16, 8), y)
+    _share_out(step, xz, weight, _tile_low(rows, dim), y)
     return y
 
 
@@ -458,7 +458,14 @@ def _tile_in(rows: int, size: int, width: int) -> Tile:
     if width <= 64 * 132:
         block = min(block, 32)
     inputs = 128 if size % 128 == 0 or size > 512 else 64
-    return Tile(block, 64, size, inputs, 6 if block < 64 else 4)
+    return Tile(block, 64, size, inputs, 6 if block * inputs <= 64 * 128 else 4)
+
+
+def _tile_low(rows: int, dim: int) -> Tile:
+    if rows <= _FEW_ROWS:
+        return _tile_shared(rows, dim, 16, 8)
+    share = triton.cdiv(triton.cdiv(dim, 8), 64) * 64
+    return Tile(16, 64 if dim >= 4096 else 16, share, 128 if share % 128 == 0 else 64, 4)
 
 
 def _tile_shared(rows: int, size: int, outputs: int, shares: int) -> Tile:

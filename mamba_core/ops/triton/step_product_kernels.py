@@ -90,7 +90,7 @@ def product_in_kernel(
     is_convolved = tl.program_id(1) * BLOCK_N < dim
     slots = tl.load(slots_ptr + b, mask=mask_b, other=0)
     home = state_ptr + slots[None, :] * state_stride + n[:, None] * (K - 1)
-    mask_past = (n < dim)[:, None] & mask_b[None, :]
+    mask_past = mask_b[None, :] & (n < dim)[:, None]
     if EARLY:
         columns = recall(home, mask_past, K)
         past, newest_taps = weigh(columns, n, dim, taps_ptr, conv_bias_ptr, K, HAS_CONV_BIAS)
@@ -106,14 +106,21 @@ def product_in_kernel(
         acc = acc / tl.sqrt(tl.sum(shares, axis=0) / in_width + eps)[None, :]
     if HAS_BIAS:
         acc += tl.load(w_bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    if not EARLY:
-        columns = recall(home, mask_past, K)
-        past, newest_taps = weigh(columns, n, dim, taps_ptr, conv_bias_ptr, K, HAS_CONV_BIAS)
     if is_convolved:
         newest = acc.to(state_ptr.dtype.element_ty)
-        acc = past + newest.to(tl.float32) * newest_taps
-        acc = acc * sigmoid(acc)
+        if EARLY:
+            acc = past + newest.to(tl.float32) * newest_taps
+        else:
+            # a column at a time, since a tile of many rows has no registers for all
+            acc = newest.to(tl.float32) * tl.load(taps_ptr + n * K + K - 1).to(tl.float32)[:, None]
+            if HAS_CONV_BIAS:
+                acc += tl.load(conv_bias_ptr + n).to(tl.float32)[:, None]
+            for j in tl.static_range(K - 1):
+                old = tl.load(home + j, mask=mask_past, other=0.0)
+                acc += old.to(tl.float32) * tl.load(taps_ptr + n * K + j).to(tl.float32)[:, None]
+            columns = recall(home, mask_past, K)
         shift_state(home, columns, newest, mask_past, K)
+        acc = acc * sigmoid(acc)
     y_ptrs = y_ptr + b.to(tl.int64)[None, :] * out_width + n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_b[None, :])
 
