@@ -294,7 +294,7 @@ def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), emit
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def load_number(address: int, itemsize: int) -> Any:
     """One number from an address."""
     if itemsize == 4:
@@ -302,7 +302,7 @@ def load_number(address: int, itemsize: int) -> Any:
     return _load_half(address)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def store_number(address: int, value: Any, itemsize: int) -> None:
     """One number to an address."""
     if itemsize == 4:
@@ -311,7 +311,7 @@ def store_number(address: int, value: Any, itemsize: int) -> None:
         _store_first_halves(address, splat(value), 1)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def load(address: int, itemsize: int, count: int) -> Any:
     """Up to sixteen numbers from an address, zeros beyond ``count``."""
     if itemsize == 4:
@@ -323,7 +323,7 @@ def load(address: int, itemsize: int, count: int) -> Any:
     return _load_first_halves(address, count)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def store(address: int, x: Any, itemsize: int, count: int) -> None:
     """The first ``count`` of sixteen numbers to an address."""
     if itemsize == 4:

@@ -63,8 +63,8 @@ def callback(record: Any) -> Callable[[Callable[[Any], None]], Any]:
         signature = types.void(record)
         try:
             return cfunc(signature, cache=True, error_model="numpy")(function)
-        except RuntimeError:
-            # there is no directory that could be written to
+        except (RuntimeError, OSError):
+            # there is no directory that could be written to, or no room in it
             return cfunc(signature, error_model="numpy")(function)
 
     return decorate

@@ -24,7 +24,7 @@ def channels_per_task(num_rows: int, num_channels: int) -> int:
     return size
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def aligned(scratch: Any) -> int:
     """The first address in ``scratch`` that begins a cache line; up to fifteen numbers are lost."""
     return (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
