@@ -15,7 +15,7 @@ from transformers.models.mamba.modeling_mamba import MambaForCausalLM as Upstrea
 from app.engine.config import EngineConfig
 from app.engine.loading import load_engine
 from app.engine.request import GenerationRequest, SamplingParams, TokenEvent
-from mamba_core import MambaForCausalLM
+from mamba_core import MambaForCausalLM, ops
 
 MODEL = Path(__file__).parents[1] / "models" / "mamba-python-15m"
 PROMPT = "import argparse\n\n\ndef main():\n    parser = argparse."
@@ -77,6 +77,13 @@ def generate(prompts: list[list[int]], device: str, max_tokens: int, together: b
 def test_it_writes_python(tokenizer: Tokenizer) -> None:
     (tokens,) = generate([tokenizer.encode(PROMPT).ids], "cpu", 4, together=True)
     assert tokenizer.decode(tokens).startswith("ArgumentParser(")
+
+
+def test_compiled_ops_write_what_torchs_write(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS[::4]]
+    compiled = generate(prompts, "cpu", 40, together=True)
+    monkeypatch.setattr(ops, "_has_numba", lambda: False)
+    assert generate(prompts, "cpu", 40, together=True) == compiled
 
 
 @pytest.mark.gpu
