@@ -22,10 +22,11 @@ from mamba_core.cache import MambaCache
 from mamba_core.configuration_mamba import FalconMambaConfig, MambaConfig
 from mamba_core.loss import IGNORED_LABEL, cross_entropy, cross_entropy_in_pieces, next_tokens
 from mamba_core.mixer import MambaMixer, MambaRMSNorm, init_mixer
-from mamba_core.ops import Packing
+from mamba_core.ops import Packing, native
 from mamba_core.padding import PaddedRows
 
 if TYPE_CHECKING:
+    from mamba_core.cpu_step import CpuStep
     from mamba_core.ops.triton.persistent_step import Weights
 
 # arguments that generate(), Trainer and pipelines pass to any model and that mean nothing to one without attention
@@ -228,6 +229,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
         self.backbone = MambaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._counters: Tensor | None = None
+        self._cpu_step: CpuStep | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -243,6 +245,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
 
             if is_applicable(self.backbone):
                 return fused_step(self.backbone, input_ids, packing.slots, cache, self._step_counters())
+        elif cache is not None and packing.is_step and (step := self._native_step(cache)) is not None:
+            return step.step(self.backbone, input_ids, packing.slots, cache)
         return self.backbone.forward_packed(self.backbone.embeddings(input_ids), packing, cache)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -254,7 +258,20 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
             from mamba_core.ops.triton.step import project_head
 
             return project_head(hidden.reshape(-1, hidden.shape[-1]), weight).view(*hidden.shape[:-1], -1)
+        if (step := self._native_step()) is not None and step.can_project(hidden, weight):
+            return step.project(hidden.reshape(-1, hidden.shape[-1]), weight).view(*hidden.shape[:-1], -1)
         return self.lm_head(hidden).float()  # type: ignore[no-any-return]
+
+    def _native_step(self, cache: MambaCache | None = None) -> CpuStep | None:
+        """What makes steps on a CPU; None on a GPU, while learning, and where it cannot advance this cache."""
+        if self.lm_head.weight.device.type != "cpu" or self.training or torch.is_grad_enabled():
+            return None
+        if self._cpu_step is None and native.is_available():
+            from mamba_core.cpu_step import CpuStep
+
+            self._cpu_step = CpuStep()
+        step = self._cpu_step
+        return None if step is None or (cache is not None and not step.can_step(self.backbone, cache)) else step
 
     def _step_counters(self) -> Tensor:
         """What the programs of a fused step count themselves with; made once, zero between steps."""

@@ -53,6 +53,9 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
 
 # what a GPU machine with nothing but torch and transformers can run; their own dependencies count as theirs
 CORE_LIBRARIES = frozenset({"torch", "triton", "transformers"})
+COMPILER_LIBRARIES = frozenset({"numba", "llvmlite", "numpy"})
+# compiled when a CPU is used; nothing else may need these
+COMPILED = ("mamba_core.ops.native", "mamba_core.ops.numba_ops", "mamba_core.cpu_step")
 MODEL_LIBRARIES = CORE_LIBRARIES | {"safetensors", "huggingface_hub", "tqdm"}
 
 # a package's __init__ runs before its members, so that of the engine is held to the rules of its purest member
@@ -102,6 +105,8 @@ def allowed_libraries(name: str) -> frozenset[str] | None:
         return CORE_LIBRARIES | {"msgspec", "zmq"}
     if is_within(name, ("app.engine",)):
         return CORE_LIBRARIES
+    if is_within(name, COMPILED):
+        return CORE_LIBRARIES | COMPILER_LIBRARIES
     if is_within(name, ("mamba_core",)):
         return MODEL_LIBRARIES
     if is_within(name, ("app.schemas",)):

@@ -1,0 +1,265 @@
+"""The compiled decode step of a CPU against the layers one by one: hidden states, states, what it must leave alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_core import MambaCache, MambaForCausalLM
+from mamba_core.cpu_step import CpuStep
+from mamba_core.ops import Packing
+from mamba_core.ops.native import threads
+from mamba_core.ops.native.callbacks import head_callback
+from mamba_core.ops.native.step_kernels import HeadField
+from mamba_core.ops.native.threads import Team
+from mamba_core.ops.native.units import Kind, has_pairs
+
+MakeModel = Callable[..., MambaForCausalLM]
+
+ODD = {"hidden_size": 45, "state_size": 5, "time_step_rank": 7, "conv_kernel": 3, "use_bias": True}
+SHAPES = [
+    ("mamba", {}),
+    ("mamba", {"use_bias": True, "use_conv_bias": False, "state_size": 16}),
+    ("mamba", ODD),
+    ("mamba", {"hidden_size": 72, "state_size": 16, "time_step_rank": 48}),
+    ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}),
+    ("falcon_mamba", {"hidden_size": 40, "state_size": 21, "time_step_rank": 3, "use_bias": True}),
+]
+# how weights are multiplied: their type, and whether pairs may be used
+KINDS = [
+    pytest.param(torch.float32, False, id="float32"),
+    pytest.param(torch.bfloat16, False, id="bfloat16-widened"),
+    pytest.param(
+        torch.bfloat16,
+        True,
+        id="bfloat16-pairs",
+        marks=pytest.mark.skipif(not has_pairs(), reason="this CPU does not multiply pairs of bfloat16"),
+    ),
+]
+
+
+def in_dtype(model: MambaForCausalLM, dtype: torch.dtype) -> MambaForCausalLM:
+    model = model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("A_log", "mixer.D")):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def warm_cache(model: MambaForCausalLM, num_slots: int, dtype: torch.dtype) -> MambaCache:
+    """A cache whose slots look as if sequences had passed through them."""
+    generator = torch.Generator().manual_seed(3)
+    cache = MambaCache.from_config(model.config, num_slots, dtype=dtype)
+    for state in (cache.conv, cache.ssm):
+        state.copy_(torch.randn(state.shape, generator=generator))
+    return cache
+
+
+def clone(cache: MambaCache, dtype: torch.dtype) -> MambaCache:
+    return MambaCache(cache.conv.to(dtype, copy=True), cache.ssm.clone())
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+def layer_by_layer(model: MambaForCausalLM, tokens: Tensor, slots: Tensor, cache: MambaCache) -> Tensor:
+    backbone = model.backbone
+    return backbone.forward_packed(backbone.embeddings(tokens), Packing.step(slots), cache)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("dtype", "may_use_pairs"), KINDS)
+@pytest.mark.parametrize(("family", "changes"), SHAPES)
+@torch.inference_mode()
+def test_step_equals_the_layers(
+    tiny_model: MakeModel,
+    family: str,
+    changes: dict[str, object],
+    dtype: torch.dtype,
+    may_use_pairs: bool,
+) -> None:
+    with torch.inference_mode(False):
+        model = in_dtype(tiny_model(family, **changes), dtype)
+        reference = tiny_model(family, **changes)
+        reference.load_state_dict(model.state_dict())
+    step = CpuStep(may_use_pairs=may_use_pairs)
+    for num_rows in (1, 2, 3, 7, 17, 64):
+        slots = 1 + torch.randperm(num_rows + 3, generator=torch.Generator().manual_seed(1))[:num_rows]
+        tokens = (torch.arange(num_rows) * 7) % model.config.vocab_size
+        cache = warm_cache(model, num_rows + 4, dtype)
+        before, plain, exact = clone(cache, dtype), clone(cache, dtype), clone(cache, torch.float32)
+        expected = layer_by_layer(reference, tokens, slots, exact)
+        one_by_one = layer_by_layer(model, tokens, slots, plain)
+        hidden = step.step(model.backbone, tokens, slots, cache)
+        assert hidden.dtype == dtype
+        # no worse than the layers in the same type, which are exact here in fp32
+        slack = 2e-6 if dtype == torch.float32 else 1e-3
+        assert error(hidden, expected) < 1.2 * error(one_by_one, expected) + slack
+        for ours, theirs, right in ((cache.ssm, plain.ssm, exact.ssm), (cache.conv, plain.conv, exact.conv)):
+            assert error(ours[:, slots], right[:, slots]) < 1.2 * error(theirs[:, slots], right[:, slots]) + slack
+        others = torch.ones(num_rows + 4, dtype=torch.bool)
+        others[slots] = False
+        assert torch.equal(cache.ssm[:, others], before.ssm[:, others])
+        assert torch.equal(cache.conv[:, others], before.conv[:, others])
+
+
+@pytest.mark.parametrize(("dtype", "may_use_pairs"), KINDS)
+@pytest.mark.parametrize(("num_outputs", "length"), [(1, 1), (3, 31), (16, 32), (97, 45), (130, 100)])
+@torch.inference_mode()
+def test_product_equals_torch(
+    num_outputs: int,
+    length: int,
+    dtype: torch.dtype,
+    may_use_pairs: bool,
+) -> None:
+    step = CpuStep(may_use_pairs=may_use_pairs)
+    generator = torch.Generator().manual_seed(num_outputs)
+    weight = torch.randn(num_outputs, length, generator=generator).to(dtype)
+    for num_rows in (1, 2, 3, 4, 5, 33):
+        hidden = torch.randn(num_rows, length, generator=generator).to(dtype)
+        logits = step.project(hidden, weight)
+        assert logits.dtype == torch.float32
+        # products of such inputs are exact in fp32, only their sums are rounded
+        assert error(logits, F.linear(hidden.double(), weight.double())) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "may_use_pairs"), KINDS)
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_its_neighbours(
+    tiny_model: MakeModel, dtype: torch.dtype, may_use_pairs: bool
+) -> None:
+    with torch.inference_mode(False):
+        model = in_dtype(tiny_model(state_size=16), dtype)
+    step = CpuStep(may_use_pairs=may_use_pairs)
+    cache = warm_cache(model, 8, dtype)
+    poisoned, alone = clone(cache, dtype), clone(cache, dtype)
+    poisoned.ssm[:, 5] = float("nan")
+    poisoned.conv[:, 6] = float("nan")
+    tokens, slots = torch.tensor([3, 1, 4, 1]), torch.tensor([2, 5, 6, 3])
+    hidden = step.step(model.backbone, tokens, slots, cache)
+    beside = step.step(model.backbone, tokens, slots, poisoned)
+    assert torch.equal(hidden[[0, 3]], beside[[0, 3]])
+    assert beside[1:3].isnan().all()
+    assert torch.equal(cache.ssm[:, [2, 3]], poisoned.ssm[:, [2, 3]])
+    assert torch.equal(hidden[3:], step.step(model.backbone, tokens[3:], slots[3:], alone))
+    logits = step.project(beside, model.lm_head.weight)
+    assert torch.equal(logits[[0, 3]], step.project(hidden, model.lm_head.weight)[[0, 3]])
+    assert logits[1:3].isnan().all()
+
+
+@torch.inference_mode()
+def test_padding_rows_share_the_scratch_slot(tiny_model: MakeModel) -> None:
+    with torch.inference_mode(False):
+        model = tiny_model()
+    step = CpuStep()
+    cache = warm_cache(model, 8, torch.float32)
+    padded = clone(cache, torch.float32)
+    tokens, slots = torch.tensor([3, 1, 4, 0, 0]), torch.tensor([2, 5, 7, 0, 0])
+    hidden = step.step(model.backbone, tokens[:3], slots[:3], cache)
+    assert torch.equal(hidden, step.step(model.backbone, tokens, slots, padded)[:3])
+    assert torch.equal(cache.ssm[:, 1:], padded.ssm[:, 1:])
+    assert torch.equal(cache.conv[:, 1:], padded.conv[:, 1:])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("has_openmp", [True, False])
+@torch.inference_mode()
+def test_the_number_of_threads_changes_nothing(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, num_threads: int, has_openmp: bool
+) -> None:
+    with torch.inference_mode(False):
+        model = tiny_model(hidden_size=72)
+    tokens, slots = torch.tensor([3, 1, 4]), torch.tensor([2, 5, 7])
+    cache = warm_cache(model, 8, torch.float32)
+    again = clone(cache, torch.float32)
+    torch.set_num_threads(1)
+    expected = CpuStep().step(model.backbone, tokens, slots, cache)
+    if not has_openmp:
+        monkeypatch.setattr(threads, "_find_openmp", lambda: None)
+    torch.set_num_threads(num_threads)
+    step = CpuStep()
+    hidden = step.step(model.backbone, tokens, slots, again)
+    assert torch.equal(hidden, expected)
+    assert torch.equal(cache.ssm, again.ssm)
+    # the threads are still there for the next
+    assert torch.equal(step.project(hidden, model.lm_head.weight), CpuStep().project(expected, model.lm_head.weight))
+
+
+def test_a_team_that_lost_threads_is_gathered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_find_openmp", lambda: None)
+    team = Team()
+    hidden, weight, results = torch.randn(3, 32), torch.randn(50, 32), torch.zeros(3, 50)
+    inputs = torch.zeros(3, 64)
+    record = np.zeros(HeadField.SIZE, np.int64)
+    record[[HeadField.HIDDEN_STATES, HeadField.WEIGHTS]] = hidden.data_ptr(), weight.data_ptr()
+    record[[HeadField.INPUTS, HeadField.INPUTS_STRIDE]] = inputs.data_ptr(), 256
+    record[[HeadField.NUM_ROWS, HeadField.LENGTH]] = 3, 32
+    record[[HeadField.NUM_OUTPUTS, HeadField.RESULTS]] = 50, results.data_ptr()
+    for process in (1, 2):
+        monkeypatch.setattr(threads, "os", SimpleNamespace(getpid=lambda process=process: process))
+        results.zero_()
+        team.run(head_callback(Kind.FLOAT32), record)
+        assert error(results, hidden @ weight.T) < 1e-6
+
+
+@torch.no_grad()
+def test_the_model_takes_the_step_and_follows_its_weights(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(state_size=16)
+    tokens, slots = torch.tensor([3, 1, 4]), torch.tensor([2, 5, 7])
+    calls = []
+    make = CpuStep.step
+    monkeypatch.setattr(CpuStep, "step", lambda *arguments: calls.append(1) or make(*arguments))
+    for _ in range(3):
+        cache = warm_cache(model, 8, torch.float32)
+        plain = clone(cache, torch.float32)
+        hidden = model.forward_packed(tokens, Packing.step(slots), cache)
+        assert error(hidden, layer_by_layer(model, tokens, slots, plain)) < 2e-6
+        # in place, and by another tensor
+        model.backbone.layers[0].mixer.A_log.add_(0.3)
+        model.backbone.layers[1].mixer.in_proj.weight.mul_(1.1)
+        model.backbone.layers[1].mixer.out_proj.weight = torch.nn.Parameter(torch.randn(32, 64))
+    assert len(calls) == 3
+    with torch.enable_grad():
+        assert model.forward_packed(tokens, Packing.step(slots), cache).requires_grad
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_what_is_kept_between_steps_is_not_copied(tiny_model: MakeModel) -> None:
+    model = tiny_model()
+    cache = warm_cache(model, 4, torch.float32)
+    tokens, slots = torch.tensor([3]), torch.tensor([2])
+    copies = clone(cache, torch.float32), clone(cache, torch.float32)
+    hidden = model.forward_packed(tokens, Packing.step(slots), cache)
+    for other, states in zip((copy.deepcopy(model), pickle.loads(pickle.dumps(model))), copies, strict=True):
+        assert torch.equal(other.forward_packed(tokens, Packing.step(slots), states), hidden)
+
+
+@torch.inference_mode()
+def test_what_does_not_exist_is_refused(tiny_model: MakeModel) -> None:
+    with torch.inference_mode(False):
+        model = tiny_model()
+    cache = warm_cache(model, 4, torch.float32)
+    before = clone(cache, torch.float32)
+    for token, slot, message in ((97, 1, "token 97"), (-1, 1, "token -1"), (3, 4, "slot 4"), (3, -1, "slot -1")):
+        with pytest.raises(IndexError, match=message):
+            CpuStep().step(model.backbone, torch.tensor([2, token]), torch.tensor([0, slot]), cache)
+    assert torch.equal(cache.ssm, before.ssm)
