@@ -26,8 +26,8 @@ from mamba_core.ops.numba_ops.team import callback, flat, matrix, matrix_names, 
 from mamba_core.ops.numba_ops.tiles import aligned, channels_per_task, turn_in, turn_out
 from mamba_core.ops.packing import Packing
 
-# tokens between a line's being asked for and its use
-_AHEAD = 8
+# tokens that sixteen channels take before the next sixteen, which share lines with them, come up to them
+_TILE = 16
 
 _ARGUMENTS = record_of(
     (
@@ -36,6 +36,45 @@ _ARGUMENTS = record_of(
         *("weight", "bias", "state", "state_size", "slots", "bounds"),
     )
 )
+
+
+@njit(forceinline=True)
+def _input(a: Any, token: int, begin: int, channel: int, count: int, history: int) -> Any:
+    """The inputs of sixteen channels at a token, or what was kept of those before the sequence went on."""
+    if token >= begin:
+        return load(a.x + token * a.x_stride + channel * a.x_size, a.x_size, count)
+    return load_lanes(history + 64 * (token - begin + a.width - 1))
+
+
+@njit(error_model="numpy")
+def _weigh(a: Any, low: int, high: int, begin: int, channel: int, count: int, taps: int, history: int) -> None:
+    """Outputs of sixteen channels at the tokens from low to high."""
+    bias = load(a.bias + 4 * channel, 4, count)
+    for token in range(low, high):
+        y = bias
+        for k in range(a.width):
+            value = _input(a, token + k - a.width + 1, begin, channel, count, history)
+            y = fma(value, load_lanes(taps + 64 * k), y)
+        store(a.y + token * a.y_stride + channel * a.y_size, silu(y), a.y_size, count)
+
+
+@njit(error_model="numpy")
+def _weigh_four(a: Any, low: int, high: int, begin: int, channel: int, count: int, taps: int, history: int) -> None:
+    """``_weigh`` of four inputs, each of which is read once."""
+    bias = load(a.bias + 4 * channel, 4, count)
+    first_tap, second_tap = load_lanes(taps), load_lanes(taps + 64)
+    third_tap, fourth_tap = load_lanes(taps + 128), load_lanes(taps + 192)
+    first = _input(a, low - 3, begin, channel, count, history)
+    second = _input(a, low - 2, begin, channel, count, history)
+    third = _input(a, low - 1, begin, channel, count, history)
+    for token in range(low, high):
+        x = a.x + token * a.x_stride + channel * a.x_size
+        prefetch(x + _TILE * a.x_stride)
+        fourth = load(x, a.x_size, count)
+        y = fma(second, second_tap, fma(first, first_tap, bias))
+        y = fma(fourth, fourth_tap, fma(third, third_tap, y))
+        store(a.y + token * a.y_stride + channel * a.y_size, silu(y), a.y_size, count)
+        first, second, third = second, third, fourth
 
 
 @njit(error_model="numpy")
@@ -51,20 +90,14 @@ def _conv_block(a: Any, row: int, channel: int) -> None:
     own_state = a.state + a.state_size * (load_int64(a.slots + 8 * row) * a.num_channels + channel) * before
     turn_in(a.weight + 4 * channel * a.width, 4, taps, num_channels, a.width, np.float32(1.0))
     turn_in(own_state, a.state_size, history, num_channels, before, np.float32(1.0))
-    for token in range(begin, end):
+    for low in range(begin, end, _TILE):
+        high = min(low + _TILE, end)
         for first in range(0, num_channels, WIDTH):
-            here, count = channel + first, num_channels - first
-            x, tap = a.x + token * a.x_stride + here * a.x_size, taps + 4 * first * a.width
-            prefetch(x + _AHEAD * a.x_stride)
-            y = load(a.bias + 4 * here, 4, count)
-            for k in range(a.width):
-                back = before - k
-                if token - begin >= back:
-                    value = load(x - back * a.x_stride, a.x_size, count)
-                else:
-                    value = load_lanes(history + 4 * first * before + 64 * (token - begin + k))
-                y = fma(value, load_lanes(tap + 64 * k), y)
-            store(a.y + token * a.y_stride + here * a.y_size, silu(y), a.y_size, count)
+            own, tap = history + 4 * first * before, taps + 4 * first * a.width
+            if a.width == 4:
+                _weigh_four(a, low, high, begin, channel + first, num_channels - first, tap, own)
+            else:
+                _weigh(a, low, high, begin, channel + first, num_channels - first, tap, own)
     _keep_tail(a, channel, num_channels, begin, end, history)
     turn_out(history, own_state, a.state_size, num_channels, before)
 
