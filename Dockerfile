@@ -50,6 +50,7 @@ ENV PATH=/opt/app/bin:/opt/venv/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \
     HF_HOME=/cache/huggingface \
     TRITON_CACHE_DIR=/cache/triton \
+    NUMBA_CACHE_DIR=/cache/numba \
     MAMBA_MODEL=/app/models/mamba-python-15m
 # with a read-only root, /tmp and this are all that is written to
 VOLUME /cache
