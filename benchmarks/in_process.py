@@ -14,6 +14,7 @@ import torch
 from app.engine.config import EngineConfig
 from app.engine.engine import Engine
 from app.engine.loading import Placement, build_engine
+from app.engine.memory import keep_freed_memory
 from app.engine.request import GenerationRequest, SamplingParams
 from benchmarks.machine import Machine, measure_machine, versions
 from mamba_core import checkpoints
@@ -97,6 +98,9 @@ def load_subject(options: argparse.Namespace) -> Subject:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, dtype = device_and_dtype(options)
+    if device.type == "cpu":
+        # as a server does
+        keep_freed_memory()
     machine = measure_machine(device, dtype)
     print_line(
         {

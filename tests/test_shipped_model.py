@@ -83,6 +83,7 @@ def test_compiled_ops_write_what_torchs_write(tokenizer: Tokenizer, monkeypatch:
     prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS[::4]]
     compiled = generate(prompts, "cpu", 40, together=True)
     monkeypatch.setattr(ops, "_has_numba", lambda: False)
+    monkeypatch.setattr(ops.native, "is_available", lambda: False)
     assert generate(prompts, "cpu", 40, together=True) == compiled
 
 
