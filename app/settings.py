@@ -103,7 +103,7 @@ class Settings(BaseSettings):
 
     device: str = _setting("auto", "Engine", "auto, cpu, cuda or cuda:N", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
-        "auto", "Engine", "type of the weights; auto is bfloat16 on a GPU and float32 on a CPU"
+        "auto", "Engine", "type of the weights; auto is bfloat16 on a GPU and on a CPU that multiplies it, else float32"
     )
     state_dtype: Literal["float32", "bfloat16", "float16"] = _setting(
         "float32", "Engine", "type of the recurrent state; lower ones halve the memory per sequence"
@@ -113,7 +113,9 @@ class Settings(BaseSettings):
     memory_fraction: Annotated[float, BeforeValidator(_not_a_bool)] = _setting(
         0.5, "Engine", "share of the free device memory that states may take", gt=0, le=1, allow_inf_nan=False
     )
-    num_threads: Count | None = _setting(None, "Engine", "CPU threads of the engine; torch's own choice when not given")
+    num_threads: Count | None = _setting(
+        None, "Engine", "CPU threads of the engine; one for each core it may use when not given"
+    )
     cuda_graphs: bool = _setting(True, "Engine", "false: decode steps on a GPU are launched kernel by kernel, slowly")
 
     host: NonEmpty = _setting("127.0.0.1", "Server", "address to listen on; 0.0.0.0 for every interface")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from app.engine.config import EngineConfig
+from app.engine.cores import usable_cores
 from app.engine.engine import Engine
 from app.engine.interface import EngineStartError
 from app.engine.memory import MemoryTooSmall, choose_max_num_seqs, keep_freed_memory
@@ -17,6 +20,9 @@ from app.engine.stages import stage
 from mamba_core import checkpoints
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaForCausalLM
+from mamba_core.ops import native
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PREFILL_BUDGET = {"cpu": 512, "cuda": 8192}
 
@@ -37,8 +43,7 @@ class Placement:
     @classmethod
     def from_config(cls, config: EngineConfig) -> Placement:
         device = _find_device(config.device)
-        auto = "bfloat16" if device.type == "cuda" else "float32"
-        dtype = _find_dtype("dtype", auto if config.dtype == "auto" else config.dtype)
+        dtype = _find_dtype("dtype", _auto_dtype(device) if config.dtype == "auto" else config.dtype)
         return cls(device, dtype, _find_dtype("state_dtype", config.state_dtype))
 
 
@@ -49,10 +54,10 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
     """
     try:
         placement = Placement.from_config(config)
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        _set_threads(config)
         if placement.device.type == "cpu":
             keep_freed_memory()
+            logger.info("weights in %s, %d threads", _name(placement.dtype), torch.get_num_threads())
         with stage("checking the checkpoint"):
             model_dir = checkpoints.resolve(config.model, config.revision)
             checkpoint = checkpoints.inspect(model_dir)
@@ -156,6 +161,18 @@ def _find_device(name: str) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
+
+
+def _auto_dtype(device: torch.device) -> str:
+    """Half the bytes where they are multiplied as fast: on a GPU, and on a CPU that has instructions for it."""
+    return "bfloat16" if device.type == "cuda" or native.multiplies_bfloat16() else "float32"
+
+
+def _set_threads(config: EngineConfig) -> None:
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cores())
 
 
 def _find_dtype(setting: str, name: str) -> torch.dtype:

@@ -340,7 +340,7 @@ def save_tiny_checkpoint(directory: Path) -> MambaForCausalLM:
 
 async def test_a_checkpoint_is_served_by_the_real_process(tmp_path: Path) -> None:
     model = save_tiny_checkpoint(tmp_path)
-    client = ProcessEngineClient(EngineConfig(str(tmp_path), device="cpu", num_threads=1))
+    client = ProcessEngineClient(EngineConfig(str(tmp_path), dtype="float32", device="cpu", num_threads=1))
     as_seen_by_servers: EngineClient = client
     async with ready(client):
         prompt = [7, 8, 9, 10, 60]

@@ -68,3 +68,32 @@ def test_threads_are_set(checkpoint: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_that_multiplies_bfloat16_keeps_weights_in_it(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, multiplies: bool, dtype: str
+) -> None:
+    monkeypatch.setattr("mamba_core.ops.native.multiplies_bfloat16", lambda: multiplies)
+    caplog.set_level("INFO")
+    _, info = load_engine(EngineConfig(str(checkpoint), device="cpu", max_num_seqs=1), lambda _: None)
+    assert info.dtype == dtype
+    assert f"weights in {dtype}, {torch.get_num_threads()} threads" in caplog.messages
+
+
+def test_threads_are_as_many_as_usable_cores_unless_somebody_says(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("app.engine.loading.usable_cores", lambda: 3)
+    config = EngineConfig(str(checkpoint), device="cpu", max_num_seqs=1)
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        load_engine(config, lambda _: None)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(1)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        load_engine(config, lambda _: None)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
