@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mamba_core import ops
-from mamba_core.ops import cpu, numba_ops
+from mamba_core.ops import Packing, cpu, numba_ops
 from mamba_core.ops.numba_ops import team
 from tests.core.ops_cases import error_ratio, make_conv, make_scan, poison_memory
 
@@ -90,6 +91,29 @@ def test_mixed_dtypes_and_turned_inputs() -> None:
     expected = cpu.selective_scan(**mixed, state=case.state.clone(), packing=case.packing)
     assert y.dtype == torch.bfloat16
     assert error_ratio(y, expected) < 4e-3
+
+
+@pytest.mark.parametrize("name", ["dt", "B", "C", "D", "z", "dt_bias", "x"])
+def test_inputs_of_the_wrong_size_are_refused(name: str) -> None:
+    case = make_scan([6, 3], 40, 5)
+    case.inputs[name] = case.inputs[name][:-1]
+    with pytest.raises((ValueError, IndexError)):
+        case.run(numba_ops, case.state)
+
+
+@pytest.mark.parametrize("slots", [[0, 9], [-1, 3]])
+def test_slots_that_are_not_there_are_refused(slots: list[int]) -> None:
+    packing = Packing.from_lengths([6, 3], torch.tensor(slots))
+    for case in (make_scan([6, 3], 40, 5), make_conv([6, 3], 40, 4)):
+        with pytest.raises(IndexError, match="slots"):
+            replace(case, packing=packing).run(numba_ops, case.state)
+
+
+def test_tokens_that_are_not_there_are_refused() -> None:
+    packing = Packing.from_lengths([6, 4], torch.tensor([1, 2]))
+    for case in (make_scan([6, 3], 40, 5), make_conv([6, 3], 40, 4)):
+        with pytest.raises(IndexError, match="10 in 9 tokens"):
+            replace(case, packing=packing).run(numba_ops, case.state)
 
 
 def test_whoever_learns_gets_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,17 @@ from mamba_core.ops.numba_ops.lanes import (
     store,
     store_lanes,
 )
-from mamba_core.ops.numba_ops.team import callback, flat, matrix, matrix_names, plain, record_of, run
+from mamba_core.ops.numba_ops.team import (
+    callback,
+    expect,
+    flat,
+    matrix,
+    matrix_names,
+    plain,
+    record_of,
+    rows,
+    run,
+)
 from mamba_core.ops.numba_ops.tiles import aligned, channels_per_task, turn_in, turn_out
 from mamba_core.ops.packing import Packing
 
@@ -140,16 +150,19 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Te
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor, bounds: Tensor) -> Tensor:
+    num_rows, (num_channels, width) = len(slots), weight.shape
+    expect(x=(x, (len(x), num_channels)), state=(state, (len(state), num_channels, width - 1)))
+    if bias is not None:
+        expect(bias=(bias, (num_channels,)))
+    slots, bounds = rows(slots, bounds, state, x)
     if state.dtype not in (torch.float32, torch.bfloat16) or not state.is_contiguous():
         own = state[slots].float().contiguous()
         y = _conv(x, weight, bias, own, torch.arange(len(slots)), bounds)
         state[slots] = own.to(state.dtype)
         return y
-    num_rows, (num_channels, width) = len(slots), weight.shape
     y = torch.empty(x.shape, dtype=x.dtype)
     parts = [plain(x), plain(y)]
     vectors = [flat(weight), flat(weight.new_zeros(num_channels) if bias is None else bias)]
-    slots, bounds = slots.contiguous(), bounds.contiguous()
     block = channels_per_task(num_rows, num_channels)
     num_blocks = -(-num_channels // block)
     run(

@@ -11,7 +11,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from mamba_core.ops.numba_ops.lanes import WIDTH, fetch_add, fma, load, load_float, splat, store, total
-from mamba_core.ops.numba_ops.team import callback, flat, matrix, matrix_names, plain, record_of, run
+from mamba_core.ops.numba_ops.team import callback, expect, flat, matrix, matrix_names, plain, record_of, run
 
 # numbers of a task, for which a thread is worth its while
 _NUMBERS_PER_TASK = 1 << 13
@@ -82,6 +82,10 @@ def _norm(
     x: Tensor, residual: Tensor | None, kept: Tensor | None, y: Tensor, weight: Tensor | None, eps: float
 ) -> None:
     num_tokens, width = x.shape
+    if residual is not None:
+        expect(residual=(residual, x.shape))
+    if weight is not None:
+        expect(weight=(weight, (width,)))
     parts = [None if t is None else plain(t) for t in (x, y, residual, kept)]
     gain, epsilon = None if weight is None else flat(weight), array("f", [eps])
     tokens_per_task = max(1, _NUMBERS_PER_TASK // max(1, width))

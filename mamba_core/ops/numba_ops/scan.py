@@ -26,7 +26,17 @@ from mamba_core.ops.numba_ops.lanes import (
     store,
     store_lanes,
 )
-from mamba_core.ops.numba_ops.team import callback, flat, matrix, matrix_names, plain, record_of, run
+from mamba_core.ops.numba_ops.team import (
+    callback,
+    expect,
+    flat,
+    matrix,
+    matrix_names,
+    plain,
+    record_of,
+    rows,
+    run,
+)
 from mamba_core.ops.numba_ops.tiles import aligned, channels_per_task, turn_in, turn_out
 from mamba_core.ops.packing import Packing
 
@@ -143,6 +153,10 @@ def _scan(
     slots: Tensor,
     bounds: Tensor,
 ) -> Tensor:
+    per_channel, per_token, per_state = A.shape[:1], x.shape, (len(x), A.shape[1])
+    expect(x=(x, (len(x), *per_channel)), dt=(dt, per_token), z=(z, per_token), B=(B, per_state), C=(C, per_state))
+    expect(D=(D, per_channel), dt_bias=(dt_bias, per_channel), state=(state, (len(state), *A.shape)))
+    slots, bounds = rows(slots, bounds, state, x)
     if state.dtype != torch.float32 or not state.is_contiguous():
         return _scan_of_copies(x, dt, A, B, C, D, z, dt_bias, state, slots, bounds)
     num_channels, num_states = A.shape
@@ -150,7 +164,6 @@ def _scan(
     y = torch.empty(x.shape, dtype=x.dtype)
     parts = [plain(t) for t in (x, dt, z, B, C, y)]
     vectors = [flat(t) for t in (A, D, dt_bias)]
-    slots, bounds = slots.contiguous(), bounds.contiguous()
     block = channels_per_task(num_rows, num_channels)
     num_blocks = -(-num_channels // block)
     run(

@@ -41,6 +41,24 @@ def matrix(t: torch.Tensor) -> tuple[int, int, int]:
     return t.data_ptr(), t.stride(0) * t.itemsize, t.itemsize
 
 
+def expect(**tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:
+    """Raise ValueError where a tensor, given by name, has not the shape beside it or is not on the CPU."""
+    for name, (t, shape) in tensors.items():
+        if t.shape != shape or t.device.type != "cpu":
+            raise ValueError(f"{name} must have shape {shape} on the CPU, got {tuple(t.shape)} on {t.device}")
+
+
+def rows(slots: torch.Tensor, bounds: torch.Tensor, state: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Slots and bounds of sequences, as the kernels read them. Raises IndexError for slots and tokens there are not."""
+    expect(slots=(slots, (len(slots),)), bounds=(bounds, (len(slots) + 1,)))
+    numbers, limits = slots.tolist(), bounds.tolist()
+    if numbers and not 0 <= min(numbers) <= max(numbers) < len(state):
+        raise IndexError(f"slots {min(numbers)} to {max(numbers)} of a state with {len(state)}")
+    if not 0 <= min(limits) <= max(limits) <= len(x):
+        raise IndexError(f"sequences from {min(limits)} to {max(limits)} in {len(x)} tokens")
+    return slots.to(torch.int64).contiguous(), bounds.to(torch.int32).contiguous()
+
+
 @cache
 def _parallel() -> Any | None:
     """OpenMP's entry point in the library that torch's own operations run on, if it has the one GCC gives it.
