@@ -17,7 +17,7 @@ from mamba_core.ops.native.callbacks import head_callback, step_callback
 from mamba_core.ops.native.scratch import Scratch
 from mamba_core.ops.native.step_kernels import Field, HeadField, LayerField
 from mamba_core.ops.native.threads import Team
-from mamba_core.ops.native.units import Kind, has_pairs
+from mamba_core.ops.native.units import Kind
 
 _LOG2E = 1.4426950408889634
 # above this torch's products, which share what they have loaded among more rows, are faster
@@ -31,14 +31,14 @@ class CpuStep:
     """What steps of one model keep from one to the next: threads, scratch memory, and where the weights lie."""
 
     def __init__(self, *, may_use_pairs: bool = True) -> None:
-        self._has_pairs = may_use_pairs and has_pairs()
+        self._may_use_pairs = may_use_pairs
         self._lock = threading.Lock()
         self._team = Team()
         self._weights: _Weights | None = None
         self._room: _Room | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CpuStep:
-        return CpuStep(may_use_pairs=self._has_pairs)
+        return CpuStep(may_use_pairs=self._may_use_pairs)
 
     def __reduce__(self) -> tuple[type[CpuStep], tuple[()]]:
         return CpuStep, ()
@@ -59,8 +59,8 @@ class CpuStep:
     def can_project(self, hidden: Tensor, weight: Tensor) -> bool:
         """Whether ``project`` takes these, and is no slower than torch."""
         return (
-            hidden.dtype == weight.dtype
-            and weight.dtype in _DTYPES
+            hidden.dtype in _DTYPES
+            and weight.dtype in (hidden.dtype, torch.int8)
             and weight.is_contiguous()
             and 0 < hidden.shape[:-1].numel() <= _MOST_ROWS
         )
@@ -76,7 +76,7 @@ class CpuStep:
         weight = model.embeddings.weight
         results = torch.empty(len(tokens), model.config.hidden_size, dtype=weight.dtype)
         with self._lock:
-            kind = Kind.of(weight.dtype, has_pairs=self._has_pairs)
+            kind = Kind.of(weight.dtype, _matrix_dtype(model), may_use_pairs=self._may_use_pairs)
             plan = self._ready_plan(model, len(tokens), kind)
             plan[Field.TOKENS], plan[Field.SLOTS] = tokens.data_ptr(), slots.data_ptr()
             plan[Field.NUM_ROWS], plan[Field.RESULTS] = len(tokens), results.data_ptr()
@@ -84,17 +84,22 @@ class CpuStep:
             self._team.run(step_callback(kind), plan)
         return results
 
-    def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """hidden [T, H], weight [V, H], of one dtype -> [T, V] in fp32."""
+    def project(self, hidden: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+        """hidden [T, H], weight [V, H], of one dtype -> [T, V] in fp32; an int8 weight has scales [V] in fp32."""
         hidden = hidden.contiguous()
-        results = torch.empty(len(hidden), len(weight))
-        kind = Kind.of(weight.dtype, has_pairs=self._has_pairs)
+        (num_rows, length), num_threads = hidden.shape, torch.get_num_threads()
+        results = torch.empty(num_rows, len(weight))
+        kind = Kind.of(hidden.dtype, weight.dtype, may_use_pairs=self._may_use_pairs)
         scratch, record = Scratch(), np.zeros(HeadField.SIZE, np.int64)
-        record[HeadField.INPUTS], record[HeadField.INPUTS_STRIDE] = scratch.rows(
-            len(hidden), hidden.shape[1] * kind.input_bytes
-        )
+        inputs, stride = scratch.rows(num_rows, length * kind.staged_bytes)
+        record[HeadField.INPUTS], record[HeadField.INPUTS_STRIDE] = inputs, stride
+        if scales is not None:
+            record[HeadField.SCALES] = scales.data_ptr()
+            rounded, stride = scratch.rows(num_rows * num_threads, 64 + 2 * length)
+            record[HeadField.ROUNDED], record[HeadField.ROUNDED_STRIDE] = rounded, stride
+            record[HeadField.ROUNDED_OF_THREAD] = stride * num_rows
         record[HeadField.HIDDEN_STATES], record[HeadField.RESULTS] = hidden.data_ptr(), results.data_ptr()
-        record[HeadField.NUM_ROWS], record[HeadField.LENGTH] = hidden.shape
+        record[HeadField.NUM_ROWS], record[HeadField.LENGTH] = num_rows, length
         record[HeadField.WEIGHTS], record[HeadField.NUM_OUTPUTS] = weight.data_ptr(), len(weight)
         with self._lock:
             self._team.run(head_callback(kind), record)
@@ -107,7 +112,7 @@ class CpuStep:
         if weights is None or not weights.are_current(model):
             self._weights, room = _Weights.find(model), None
             weights = self._weights
-        if room is None or room.num_rows < num_rows or room.num_threads != num_threads or room.kind is not kind:
+        if room is None or room.num_rows < num_rows or room.num_threads != num_threads or room.kind != kind:
             self._room = room = _Room.make(model, num_rows, num_threads, kind, weights)
         return room.plan
 
@@ -150,6 +155,11 @@ class _Weights:
         )
 
 
+def _matrix_dtype(model: MambaModel) -> torch.dtype:
+    """The type of the large matrices: that of the model, or int8."""
+    return cast(list[MambaBlock], model.layers)[0].mixer.in_proj.weight.dtype
+
+
 def _layer_places(layer: MambaBlock) -> list[_Place]:
     """In the order of ``LayerField``, without the decay."""
     mixer = layer.mixer
@@ -165,6 +175,9 @@ def _layer_places(layer: MambaBlock) -> list[_Place]:
         (mixer, "D"),
         (mixer.out_proj, "weight"),
         (mixer.out_proj, "bias"),
+        (mixer.in_proj, "scales"),
+        (mixer.x_proj, "scales"),
+        (mixer.out_proj, "scales"),
     ]
     return [_place_of(module, name) for module, name in modules]
 
@@ -197,18 +210,24 @@ class _Room:
     @classmethod
     def make(cls, model: MambaModel, num_rows: int, num_threads: int, kind: Kind, weights: _Weights) -> _Room:
         mixer = cast(list[MambaBlock], model.layers)[0].mixer
-        hidden, channels, size = model.config.hidden_size, mixer.channels, kind.input_bytes
+        hidden, channels = model.config.hidden_size, mixer.channels
         scratch, plan = Scratch(), np.zeros(Field.SIZE + len(weights.table), np.int64)
         plan[Field.SIZE :] = weights.table
         plan[Field.NUM_LAYERS], plan[Field.HIDDEN], plan[Field.CHANNELS] = len(model.layers), hidden, channels
         plan[Field.STATES], plan[Field.RANK], plan[Field.TAPS] = mixer.states, mixer.rank, model.config.conv_kernel
         plan[Field.RESIDUAL], plan[Field.RESIDUAL_STRIDE] = scratch.rows(num_rows, 4 * hidden)
         plan[Field.OUTPUT], _ = scratch.rows(num_rows, 4 * hidden)
-        plan[Field.NORMED], plan[Field.NORMED_STRIDE] = scratch.rows(num_rows, size * hidden)
-        plan[Field.CHOSEN], plan[Field.CHOSEN_STRIDE] = scratch.rows(num_rows, size * channels)
+        plan[Field.NORMED], plan[Field.NORMED_STRIDE] = scratch.rows(num_rows, kind.staged_bytes * hidden)
+        plan[Field.CHOSEN], plan[Field.CHOSEN_STRIDE] = scratch.rows(num_rows, kind.staged_bytes * channels)
+        if kind.has_words:
+            rounded, stride = scratch.rows(num_rows * num_threads, 64 + 2 * max(hidden, channels))
+            plan[Field.ROUNDED], plan[Field.ROUNDED_STRIDE] = rounded, stride
+            plan[Field.ROUNDED_OF_THREAD] = stride * num_rows
         plan[Field.XZ], plan[Field.XZ_STRIDE] = scratch.rows(num_rows, 8 * channels)
         plan[Field.LOW], plan[Field.LOW_STRIDE] = scratch.rows(num_rows, 4 * (mixer.rank + 2 * mixer.states))
-        plan[Field.RANKS], plan[Field.RANKS_STRIDE] = scratch.rows(num_rows * num_threads, size * mixer.rank)
+        plan[Field.RANKS], plan[Field.RANKS_STRIDE] = scratch.rows(
+            num_rows * num_threads, kind.input_bytes * mixer.rank
+        )
         plan[Field.RANKS_OF_THREAD] = plan[Field.RANKS_STRIDE] * num_rows
         plan[Field.RATE], plan[Field.RATE_STRIDE] = scratch.rows(num_rows, 4 * channels)
         plan[Field.GAIN], _ = scratch.rows(num_rows, 4 * channels)

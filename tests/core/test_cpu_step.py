@@ -20,7 +20,8 @@ from mamba_core.ops.native import threads
 from mamba_core.ops.native.callbacks import head_callback
 from mamba_core.ops.native.step_kernels import HeadField
 from mamba_core.ops.native.threads import Team
-from mamba_core.ops.native.units import Kind, has_pairs
+from mamba_core.ops.native.units import Kind, has_pairs, has_words
+from mamba_core.quantization import Int8Linear, quantize_int8
 
 MakeModel = Callable[..., MambaForCausalLM]
 
@@ -177,6 +178,71 @@ def test_padding_rows_share_the_scratch_slot(tiny_model: MakeModel) -> None:
     assert torch.equal(cache.conv[:, 1:], padded.conv[:, 1:])
 
 
+def widened(model: MambaForCausalLM, reference: MambaForCausalLM) -> MambaForCausalLM:
+    """``reference`` with the weights that a quantized model stands for, in fp32."""
+    values = model.state_dict()
+    for name in [name for name in values if name.endswith("scales")]:
+        weight = name.replace("scales", "weight")
+        values[weight] = values[weight].float() * values.pop(name)[:, None]
+    # of quantized models, the head is not the embeddings any more
+    reference.lm_head.weight = torch.nn.Parameter(values["lm_head.weight"])
+    reference.load_state_dict(values)
+    return reference
+
+
+@pytest.mark.parametrize(("family", "changes"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "may_use_pairs",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not has_words(), reason="this CPU has no AVX-512"))],
+)
+@torch.no_grad()
+def test_int8_equals_what_it_stands_for(
+    tiny_model: MakeModel, family: str, changes: dict[str, object], dtype: torch.dtype, may_use_pairs: bool
+) -> None:
+    model = in_dtype(tiny_model(family, **changes), dtype)
+    original = copy.deepcopy(model)
+    quantize_int8(model)
+    reference = widened(model, tiny_model(family, **changes))
+    assert 1e-4 < error(reference.lm_head.weight, original.lm_head.weight) < 1e-2
+    step = CpuStep(may_use_pairs=may_use_pairs)
+    for num_rows in (1, 3, 17):
+        slots, tokens = 1 + torch.arange(num_rows), (torch.arange(num_rows) * 7) % 97
+        cache = warm_cache(model, num_rows + 2, dtype)
+        plain, exact = clone(cache, dtype), clone(cache, torch.float32)
+        expected = layer_by_layer(reference, tokens, slots, exact)
+        one_by_one = layer_by_layer(model, tokens, slots, plain)
+        hidden = step.step(model.backbone, tokens, slots, cache)
+        # the inputs of int8 are rounded to 16 bits
+        slack = 2e-6 if dtype == torch.float32 and not may_use_pairs else 1e-3
+        assert error(one_by_one, expected) < (2e-6 if dtype == torch.float32 else 3e-2)
+        assert error(hidden, expected) < 1.2 * error(one_by_one, expected) + slack
+        assert error(cache.ssm, exact.ssm) < 1.2 * error(plain.ssm, exact.ssm) + slack
+        logits = step.project(hidden, model.lm_head.weight, model.lm_head.scales)
+        assert error(logits, hidden.float() @ reference.lm_head.weight.T) < (1e-3 if may_use_pairs else 1e-6)
+
+
+@torch.no_grad()
+def test_int8_passes_nan_on_and_bears_zeros_and_large_values() -> None:
+    linear = torch.nn.Linear(70, 40, bias=False)
+    linear.weight[3] = 0
+    weights = Int8Linear(linear)
+    hidden = torch.randn(6, 70)
+    hidden[1] *= 1e30
+    hidden[2] *= 1e-25
+    hidden[3, 69] = float("nan")
+    hidden[4, 1] = float("inf")
+    hidden[5] = 0
+    for may_use_pairs in (False, True):
+        logits = CpuStep(may_use_pairs=may_use_pairs).project(hidden, weights.weight, weights.scales)
+        expected = hidden @ (weights.weight.float() * weights.scales[:, None]).T
+        for row in range(3):
+            assert error(logits[row], expected[row]) < 1e-3
+        assert not logits[3:5].isfinite().any(1).all()
+        assert not logits[5].any()
+        assert not logits[:3, 3].any()
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("has_openmp", [True, False])
 @torch.inference_mode()
@@ -214,7 +280,7 @@ def test_a_team_that_lost_threads_is_gathered_again(monkeypatch: pytest.MonkeyPa
     for process in (1, 2):
         monkeypatch.setattr(threads, "os", SimpleNamespace(getpid=lambda process=process: process))
         results.zero_()
-        team.run(head_callback(Kind.FLOAT32), record)
+        team.run(head_callback(Kind.of(torch.float32, torch.float32)), record)
         assert error(results, hidden @ weight.T) < 1e-6
 
 

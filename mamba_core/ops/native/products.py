@@ -17,11 +17,13 @@ from mamba_core.ops.native.compiling import compiled
 from mamba_core.ops.native.vectors import (
     BF16,
     F32,
+    I8,
     I16,
     I32,
     I64,
     LANES,
     VF32,
+    VI32,
     bytes_of,
     call,
     fused,
@@ -41,12 +43,19 @@ class _Multiplier:
 
     def __init__(self, unit: Any) -> None:
         self.is_float32 = is_float32(unit)
-        self.is_paired = unit == types.uint16
+        self.is_int8 = unit in (types.int8, types.uint8)
+        # bfloat16 by bfloat16, or int8 by int16
+        self.is_paired = unit in (types.uint16, types.int8)
         self.lanes = PAIRS if self.is_paired else LANES
-        self.weight_bytes = 4 if self.is_float32 else 2
-        self.input_bytes = 2 if self.is_paired else 4
-        self.weight_element = F32 if self.is_float32 else I16
+        self.weight_element = F32 if self.is_float32 else I8 if self.is_int8 else I16
+        self.weight_bytes = 4 if self.is_float32 else 1 if self.is_int8 else 2
         self.input_element = I16 if self.is_paired else F32
+        self.input_bytes = 2 if self.is_paired else 4
+        self.sums_integers = self.is_paired and self.is_int8
+
+    @property
+    def total(self) -> ir.Type:
+        return VI32 if self.sums_integers else VF32
 
     def load_inputs(self, builder: ir.IRBuilder, address: Any) -> Any:
         type_ = ir.VectorType(self.input_element, self.lanes)
@@ -59,14 +68,23 @@ class _Multiplier:
         else:
             mask = lanes_below(builder, count, self.lanes)
             raw = masked_load(builder, address, mask, self.weight_element, self.weight_bytes)
+        if self.sums_integers:
+            return builder.sext(raw, ir.VectorType(I16, PAIRS))
+        if self.is_int8:
+            return builder.sitofp(builder.sext(raw, VI32), VF32)
         return raw if self.is_float32 or self.is_paired else widen(builder, raw)
 
     def accumulate(self, builder: ir.IRBuilder, total: Any, inputs: Any, weights: Any) -> Any:
+        if self.sums_integers:
+            return builder.add(total, call(builder, "llvm.x86.avx512.pmaddw.d.512", VI32, inputs, weights))
         if not self.is_paired:
             return fused(builder, inputs, weights, total)
         pairs = ir.VectorType(BF16, PAIRS)
         a, b = builder.bitcast(inputs, pairs), builder.bitcast(weights, pairs)
         return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, total, a, b)
+
+    def finish(self, builder: ir.IRBuilder, total: Any) -> Any:
+        return builder.sitofp(total, VF32) if self.sums_integers else total
 
 
 @intrinsic(prefer_literal=True)
@@ -104,9 +122,10 @@ def _emit_tile(builder: ir.IRBuilder, kind: _Multiplier, tile: tuple[int, int], 
     rows = [builder.add(inputs, builder.mul(input_stride, I64(row))) for row in range(num_rows)]
     weight_stride = builder.mul(length, I64(kind.weight_bytes))
     outputs = [builder.add(weights, builder.mul(weight_stride, I64(output))) for output in range(num_outputs)]
-    totals = [cgutils.alloca_once_value(builder, ir.Constant(VF32, None)) for _ in range(num_rows * num_outputs)]
+    zeros = ir.Constant(kind.total, None)
+    totals = [cgutils.alloca_once(builder, kind.total) for _ in range(num_rows * num_outputs)]
     for total in totals:
-        builder.store(ir.Constant(VF32, None), total)
+        builder.store(zeros, total)
 
     def step(index: Any, count: Any = None) -> None:
         x_offset = builder.mul(index, I64(kind.lanes * kind.input_bytes))
@@ -130,7 +149,7 @@ def _emit_tile(builder: ir.IRBuilder, kind: _Multiplier, tile: tuple[int, int], 
     with builder.if_then(builder.icmp_unsigned(">", rest, I64(0)), likely=False):
         step(whole, rest)
 
-    flat = sums(builder, [builder.load(total) for total in totals])
+    flat = sums(builder, [kind.finish(builder, builder.load(total)) for total in totals])
     for row in range(num_rows):
         lanes = ir.Constant(ir.VectorType(I32, num_outputs), [row * num_outputs + o for o in range(num_outputs)])
         part = builder.shuffle_vector(flat, flat, lanes)

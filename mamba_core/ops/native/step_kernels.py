@@ -15,6 +15,7 @@ import numpy as np
 
 from mamba_core.ops.native.compiling import compiled
 from mamba_core.ops.native.products import multiply
+from mamba_core.ops.native.quantized import product
 from mamba_core.ops.native.threads import RecordField, find_place, wait_for_all
 from mamba_core.ops.native.vectors import (
     add,
@@ -75,14 +76,18 @@ class Field(IntEnum):
     CONV_LAYER = 61
     SSM_STATE = 62
     SSM_LAYER = 63
-    TOKENS = 64
-    SLOTS = 65
-    NUM_ROWS = 66
-    RESULTS = 67
+    # what int8 is multiplied with: every thread has its own
+    ROUNDED = 64
+    ROUNDED_STRIDE = 65
+    ROUNDED_OF_THREAD = 66
+    TOKENS = 67
+    SLOTS = 68
+    NUM_ROWS = 69
+    RESULTS = 70
     # fp32 in the lower half; the second is negative without norms of dt, B and C
-    EPS = 68
-    INNER_EPS = 69
-    SIZE = 70
+    EPS = 71
+    INNER_EPS = 72
+    SIZE = 73
 
 
 class HeadField(IntEnum):
@@ -96,7 +101,11 @@ class HeadField(IntEnum):
     WEIGHTS = 40
     NUM_OUTPUTS = 41
     RESULTS = 42
-    SIZE = 43
+    SCALES = 43
+    ROUNDED = 44
+    ROUNDED_STRIDE = 45
+    ROUNDED_OF_THREAD = 46
+    SIZE = 47
 
 
 class LayerField(IntEnum):
@@ -115,7 +124,11 @@ class LayerField(IntEnum):
     SKIP = 9
     OUT_PROJ = 10
     OUT_BIAS = 11
-    SIZE = 12
+    # of int8 weights, fp32
+    IN_SCALES = 12
+    X_SCALES = 13
+    OUT_SCALES = 14
+    SIZE = 15
 
 
 @compiled
@@ -317,8 +330,12 @@ def advance(
 
 
 @compiled
-def run_step(unit: Any, input_unit: Any, plan: int) -> None:
-    """One step of all layers, from tokens to what comes out of the final norm, in the weights' type."""
+def run_step(unit: Any, input_unit: Any, weight_unit: Any, staged_unit: Any, plan: int) -> None:
+    """One step of all layers, from tokens to what comes out of the final norm, in the type of ``unit``.
+
+    unit, input_unit: of dt_proj and of vectors, and of what dt_proj is multiplied with. weight_unit, staged_unit: of
+    the large matrices, and of what they are multiplied with as it lies in memory.
+    """
     thread, num_threads = find_place(plan)
     counter, slots, num_rows = plan + 8 * RecordField.ARRIVALS, word(plan, Field.SLOTS), word(plan, Field.NUM_ROWS)
     eps = load_scalar(np.float32(0), plan + 8 * Field.EPS)
@@ -335,19 +352,53 @@ def run_step(unit: Any, input_unit: Any, plan: int) -> None:
     low, low_stride = word(plan, Field.LOW), word(plan, Field.LOW_STRIDE)
     take_embeddings(unit, plan, word(plan, Field.TOKENS), first_row, end_row)
     bias = 0
+    room, room_stride = (
+        word(plan, Field.ROUNDED) + thread * word(plan, Field.ROUNDED_OF_THREAD),
+        word(plan, Field.ROUNDED_STRIDE),
+    )
     for index in range(word(plan, Field.NUM_LAYERS)):
         layer = plan + 8 * (Field.SIZE + index * LayerField.SIZE)
         for row in range(first_row, end_row):
-            normalize(unit, input_unit, plan, bias, word(layer, LayerField.NORM), eps, normed, normed_stride, row)
+            normalize(unit, staged_unit, plan, bias, word(layer, LayerField.NORM), eps, normed, normed_stride, row)
         wait_for_all(counter, num_threads)
         w = word(layer, LayerField.IN_PROJ)
-        multiply(unit, normed, normed_stride, num_rows, w, hidden, xz, xz_stride, first, end)
-        multiply(unit, normed, normed_stride, num_rows, w, hidden, xz, xz_stride, channels + first, channels + end)
+        scales = word(layer, LayerField.IN_SCALES)
+        for half in (0, channels):
+            product(
+                weight_unit,
+                normed,
+                normed_stride,
+                num_rows,
+                w,
+                scales,
+                hidden,
+                xz,
+                xz_stride,
+                half + first,
+                half + end,
+                room,
+                room_stride,
+            )
         state = word(plan, Field.CONV_STATE) + index * word(plan, Field.CONV_LAYER)
-        convolve(unit, input_unit, plan, layer, state, slots, num_rows, first, end)
+        convolve(unit, staged_unit, plan, layer, state, slots, num_rows, first, end)
         wait_for_all(counter, num_threads)
         w = word(layer, LayerField.X_PROJ)
-        multiply(unit, chosen, chosen_stride, num_rows, w, channels, low, low_stride, first_low, end_low)
+        scales = word(layer, LayerField.X_SCALES)
+        product(
+            weight_unit,
+            chosen,
+            chosen_stride,
+            num_rows,
+            w,
+            scales,
+            channels,
+            low,
+            low_stride,
+            first_low,
+            end_low,
+            room,
+            room_stride,
+        )
         wait_for_all(counter, num_threads)
         if inner_eps >= 0:
             for row in range(first_row, end_row):
@@ -361,20 +412,23 @@ def run_step(unit: Any, input_unit: Any, plan: int) -> None:
         multiply(unit, ranks, word(plan, Field.RANKS_STRIDE), num_rows, w, rank, rates, stride, first, end)
         find_rates(unit, plan, layer, num_rows, first, end)
         state = word(plan, Field.SSM_STATE) + index * word(plan, Field.SSM_LAYER)
-        advance(unit, input_unit, plan, layer, state, slots, num_rows, first, end)
+        advance(unit, staged_unit, plan, layer, state, slots, num_rows, first, end)
         wait_for_all(counter, num_threads)
-        w, output = word(layer, LayerField.OUT_PROJ), word(plan, Field.OUTPUT)
-        multiply(
-            unit,
+        w, scales = word(layer, LayerField.OUT_PROJ), word(layer, LayerField.OUT_SCALES)
+        product(
+            weight_unit,
             chosen,
             chosen_stride,
             num_rows,
             w,
+            scales,
             channels,
-            output,
+            word(plan, Field.OUTPUT),
             word(plan, Field.RESIDUAL_STRIDE),
             first_out,
             end_out,
+            room,
+            room_stride,
         )
         bias = word(layer, LayerField.OUT_BIAS)
         wait_for_all(counter, num_threads)
@@ -384,7 +438,7 @@ def run_step(unit: Any, input_unit: Any, plan: int) -> None:
 
 
 @compiled
-def run_head(unit: Any, input_unit: Any, record: int) -> None:
+def run_head(unit: Any, weight_unit: Any, staged_unit: Any, record: int) -> None:
     """results [B, V] fp32 of hidden states [B, H] in the weights' type; see ``HeadField``."""
     thread, num_threads = find_place(record)
     num_rows, length = word(record, HeadField.NUM_ROWS), word(record, HeadField.LENGTH)
@@ -393,9 +447,25 @@ def run_head(unit: Any, input_unit: Any, record: int) -> None:
         hidden = word(record, HeadField.HIDDEN_STATES) + row * length * bytes_of(unit)
         for i in range(0, length, 16):
             value = load(unit, hidden + i * bytes_of(unit), length - i)
-            store(input_unit, inputs + row * stride + i * bytes_of(input_unit), value, length - i)
+            store(staged_unit, inputs + row * stride + i * bytes_of(staged_unit), value, length - i)
     wait_for_all(record + 8 * RecordField.ARRIVALS, num_threads)
     num_outputs, results = word(record, HeadField.NUM_OUTPUTS), word(record, HeadField.RESULTS)
     first, end = share(num_outputs, thread, num_threads)
-    weights = word(record, HeadField.WEIGHTS)
-    multiply(unit, inputs, stride, num_rows, weights, length, results, 4 * num_outputs, first, end)
+    weights, scales = word(record, HeadField.WEIGHTS), word(record, HeadField.SCALES)
+    room = word(record, HeadField.ROUNDED) + thread * word(record, HeadField.ROUNDED_OF_THREAD)
+    room_stride, result_stride = word(record, HeadField.ROUNDED_STRIDE), 4 * num_outputs
+    product(
+        weight_unit,
+        inputs,
+        stride,
+        num_rows,
+        weights,
+        scales,
+        length,
+        results,
+        result_stride,
+        first,
+        end,
+        room,
+        room_stride,
+    )

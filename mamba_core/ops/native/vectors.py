@@ -15,7 +15,7 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 
-I1, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VF32, VI32, VI16 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 ALL_LANES = ir.Constant(VI32, list(range(LANES)))
 
@@ -64,7 +64,7 @@ def element(unit: Any) -> ir.Type:
 
 def width(unit: Any) -> int:
     """Bytes of one value in memory."""
-    return 4 if is_float32(unit) else 2
+    return 4 if is_float32(unit) else int(unit.bitwidth) // 8
 
 
 def constant(value: float) -> ir.Constant:
@@ -246,6 +246,49 @@ exp = _elementwise(_exp, 1)
 exp_2 = _elementwise(exp2, 1)
 silu = _elementwise(_silu, 1)
 softplus = _elementwise(_softplus, 1)
+
+
+def _magnitude(builder: ir.IRBuilder, x: Any) -> Any:
+    return call(builder, "llvm.fabs.v16f32", VF32, x)
+
+
+def _larger(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
+    """The larger of two, NaN if either is."""
+    is_kept = builder.or_(builder.fcmp_ordered(">", a, b), builder.fcmp_unordered("uno", a, a))
+    return builder.select(is_kept, a, b)
+
+
+magnitude = _elementwise(_magnitude, 1)
+larger = _elementwise(_larger, 2)
+
+
+@intrinsic
+def largest(typing: Any, vector: Any) -> Any:
+    """The largest of all lanes, NaN if one is."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return call(builder, "llvm.vector.reduce.fmaximum.v16f32", F32, arguments[0])
+
+    return types.float32(VECTOR), code
+
+
+@intrinsic
+def store_rounded(typing: Any, address: Any, vector: Any, count: Any) -> Any:
+    """Write the first ``count`` of 16 values as the nearest int16."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, vector, count = arguments
+        nearest = call(builder, "llvm.rint.v16f32", VF32, vector)
+        # NaN becomes 0, and is known by the scale
+        whole = call(builder, "llvm.fptosi.sat.v16i16.v16f32", VI16, nearest)
+        with builder.if_else(builder.icmp_signed(">=", count, I64(LANES))) as (full, part):
+            with full:
+                builder.store(whole, pointer(builder, address, VI16), align=2)
+            with part:
+                masked_store(builder, whole, address, lanes_below(builder, count), 2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, VECTOR, types.int64), code
 
 
 @intrinsic
