@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import types
 
-from mamba_core.ops.native.compiling import compiled_callback
+from mamba_core.ops.native.compiling import compiled_callback, fingerprint
 from mamba_core.ops.native.step_kernels import run_head, run_step
 from mamba_core.ops.native.units import Kind
 
@@ -17,10 +17,13 @@ def step_callback(kind: Kind) -> Any:
     """``run_step`` for weights of a kind; gets the address of a plan."""
     unit, input_unit, weight_unit, staged_unit = kind.units
 
-    def step(plan: int) -> None:
-        run_step(unit, input_unit, weight_unit, staged_unit, plan)
+    source = fingerprint()
 
-    return compiled_callback(types.void(types.int64), step)
+    def step(plan: int) -> int:
+        run_step(unit, input_unit, weight_unit, staged_unit, plan)
+        return source
+
+    return compiled_callback(types.int64(types.int64), step)
 
 
 @cache
@@ -28,7 +31,10 @@ def head_callback(kind: Kind) -> Any:
     """``run_head`` for weights of a kind; gets the address of its record."""
     unit, _, weight_unit, staged_unit = kind.units
 
-    def head(record: int) -> None:
-        run_head(unit, weight_unit, staged_unit, record)
+    source = fingerprint()
 
-    return compiled_callback(types.void(types.int64), head)
+    def head(record: int) -> int:
+        run_head(unit, weight_unit, staged_unit, record)
+        return source
+
+    return compiled_callback(types.int64(types.int64), head)

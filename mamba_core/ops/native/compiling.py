@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """``function`` as machine code that runs without the interpreter's lock; compiled on its first call.
-
-    What was compiled is found again by later processes, unless no directory that numba knows of can be written to.
-    """
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
+    """``function`` as machine code, for others that are compiled; made with the first of them."""
+    return numba.njit(nogil=True)(function)
 
 
 def compiled_callback(signature: Any, function: Callable[..., Any]) -> Any:
-    """``function`` as a C function of this signature, compiled at once and kept like the others."""
+    """``function`` as a C function of this signature, compiled at once.
+
+    Later processes find it again, unless no directory that numba knows of can be written to. Numba tells by the
+    function alone whether what it finds is still right: it must refer to ``fingerprint()`` as a variable of its own.
+    """
     try:
         return numba.cfunc(signature, cache=True)(function)
     except RuntimeError:
         return numba.cfunc(signature)(function)
+
+
+@cache
+def fingerprint() -> int:
+    """A number that changes with the source of any kernel."""
+    total = 0
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        total = zlib.crc32(path.read_bytes(), total)
+    return total

@@ -16,7 +16,7 @@ import numpy as np
 from mamba_core.ops.native.compiling import compiled
 from mamba_core.ops.native.products import multiply
 from mamba_core.ops.native.quantized import product
-from mamba_core.ops.native.threads import RecordField, find_place, wait_for_all
+from mamba_core.ops.native.threads import find_place, wait_for_all
 from mamba_core.ops.native.vectors import (
     add,
     advance_16,
@@ -337,7 +337,7 @@ def run_step(unit: Any, input_unit: Any, weight_unit: Any, staged_unit: Any, pla
     the large matrices, and of what they are multiplied with as it lies in memory.
     """
     thread, num_threads = find_place(plan)
-    counter, slots, num_rows = plan + 8 * RecordField.ARRIVALS, word(plan, Field.SLOTS), word(plan, Field.NUM_ROWS)
+    slots, num_rows = word(plan, Field.SLOTS), word(plan, Field.NUM_ROWS)
     eps = load_scalar(np.float32(0), plan + 8 * Field.EPS)
     inner_eps = load_scalar(np.float32(0), plan + 8 * Field.INNER_EPS)
     hidden, channels = word(plan, Field.HIDDEN), word(plan, Field.CHANNELS)
@@ -360,7 +360,7 @@ def run_step(unit: Any, input_unit: Any, weight_unit: Any, staged_unit: Any, pla
         layer = plan + 8 * (Field.SIZE + index * LayerField.SIZE)
         for row in range(first_row, end_row):
             normalize(unit, staged_unit, plan, bias, word(layer, LayerField.NORM), eps, normed, normed_stride, row)
-        wait_for_all(counter, num_threads)
+        wait_for_all(plan, num_threads)
         w = word(layer, LayerField.IN_PROJ)
         scales = word(layer, LayerField.IN_SCALES)
         for half in (0, channels):
@@ -381,7 +381,7 @@ def run_step(unit: Any, input_unit: Any, weight_unit: Any, staged_unit: Any, pla
             )
         state = word(plan, Field.CONV_STATE) + index * word(plan, Field.CONV_LAYER)
         convolve(unit, staged_unit, plan, layer, state, slots, num_rows, first, end)
-        wait_for_all(counter, num_threads)
+        wait_for_all(plan, num_threads)
         w = word(layer, LayerField.X_PROJ)
         scales = word(layer, LayerField.X_SCALES)
         product(
@@ -399,13 +399,13 @@ def run_step(unit: Any, input_unit: Any, weight_unit: Any, staged_unit: Any, pla
             room,
             room_stride,
         )
-        wait_for_all(counter, num_threads)
+        wait_for_all(plan, num_threads)
         if inner_eps >= 0:
             for row in range(first_row, end_row):
                 normalize_part(low + row * low_stride, rank, inner_eps)
                 normalize_part(low + row * low_stride + 4 * rank, states, inner_eps)
                 normalize_part(low + row * low_stride + 4 * (rank + states), states, inner_eps)
-            wait_for_all(counter, num_threads)
+            wait_for_all(plan, num_threads)
         ranks = take_ranks(input_unit, plan, num_rows, thread)
         w = word(layer, LayerField.DT_PROJ)
         rates, stride = word(plan, Field.RATE), word(plan, Field.RATE_STRIDE)
@@ -413,7 +413,7 @@ def run_step(unit: Any, input_unit: Any, weight_unit: Any, staged_unit: Any, pla
         find_rates(unit, plan, layer, num_rows, first, end)
         state = word(plan, Field.SSM_STATE) + index * word(plan, Field.SSM_LAYER)
         advance(unit, staged_unit, plan, layer, state, slots, num_rows, first, end)
-        wait_for_all(counter, num_threads)
+        wait_for_all(plan, num_threads)
         w, scales = word(layer, LayerField.OUT_PROJ), word(layer, LayerField.OUT_SCALES)
         product(
             weight_unit,
@@ -431,7 +431,7 @@ def run_step(unit: Any, input_unit: Any, weight_unit: Any, staged_unit: Any, pla
             room_stride,
         )
         bias = word(layer, LayerField.OUT_BIAS)
-        wait_for_all(counter, num_threads)
+        wait_for_all(plan, num_threads)
     results, gain = word(plan, Field.RESULTS), word(plan, Field.FINAL_NORM)
     for row in range(first_row, end_row):
         normalize(unit, unit, plan, bias, gain, eps, results, hidden * bytes_of(unit), row)
@@ -448,7 +448,7 @@ def run_head(unit: Any, weight_unit: Any, staged_unit: Any, record: int) -> None
         for i in range(0, length, 16):
             value = load(unit, hidden + i * bytes_of(unit), length - i)
             store(staged_unit, inputs + row * stride + i * bytes_of(staged_unit), value, length - i)
-    wait_for_all(record + 8 * RecordField.ARRIVALS, num_threads)
+    wait_for_all(record, num_threads)
     num_outputs, results = word(record, HeadField.NUM_OUTPUTS), word(record, HeadField.RESULTS)
     first, end = share(num_outputs, thread, num_threads)
     weights, scales = word(record, HeadField.WEIGHTS), word(record, HeadField.SCALES)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import sys
 import threading
 import weakref
 from dataclasses import dataclass
@@ -20,30 +22,26 @@ from numba.extending import intrinsic
 from mamba_core.ops.native.compiling import compiled
 from mamba_core.ops.native.vectors import I64, call, pointer, word
 
-# looks at the counter before a waiting thread offers its core to others
-_NUM_SPINS = 4096
+# looks at the counter before a waiting thread leaves its core to others
+_NUM_SPINS = 2048
+# the number of the system call, by architecture, and what it is asked for, within one process
+_FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
+_WAIT, _WAKE = 128, 129
 
 
 class RecordField(IntEnum):
-    """How the record of a function that a team runs begins: int64 values, the first two alone in their cache lines."""
+    """How the record of a function that a team runs begins: int64 values, the counters in cache lines of their own."""
 
     TICKETS = 0
     ARRIVALS = 16
+    SLEEPERS = 24
+    # address of a C function that Linux has, 0 elsewhere
+    SYSCALL = 25
     # addresses of functions of OpenMP, 0 without it
     NUMBER_THREAD = 32
     COUNT_THREADS = 33
     NUM_THREADS = 34
     SIZE = 35
-
-
-@intrinsic
-def _arrive(typing: Any, counter: Any) -> Any:
-    """Add one to the counter at an address; returns what it was before."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", pointer(builder, arguments[0], I64), I64(1), "seq_cst")
-
-    return types.int64(types.int64), code
 
 
 @intrinsic
@@ -80,19 +78,62 @@ def _give_way(typing: Any) -> Any:
     return types.void(), code
 
 
+@intrinsic
+def _add(typing: Any, address: Any, value: Any) -> Any:
+    """Add to an int64 at an address; returns what it was before."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", pointer(builder, arguments[0], I64), arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), code
+
+
+@intrinsic
+def _futex(typing: Any, syscall: Any, address: Any, operation: Any, value: Any) -> Any:
+    """Linux's futex(2) on the lower half of an int64; ``syscall`` is the address of the C function."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        function, address, operation, value = arguments
+        kind = ir.FunctionType(I64, [I64] * 7)
+        number = I64(_FUTEX_NUMBERS.get(builder.module.triple.partition("-")[0], 0))
+        none = I64(0)
+        callee = builder.inttoptr(function, kind.as_pointer())
+        return builder.call(callee, [number, address, operation, value, none, none, none])
+
+    return types.int64(types.int64, types.int64, types.int64, types.int64), code
+
+
 @compiled
-def wait_for_all(counter: int, num_threads: int) -> None:
-    """Wait until all threads are here. counter: address of an int64 that nothing else writes to; it only grows."""
+def wait_for_all(record: int, num_threads: int) -> None:
+    """Wait until all threads of a team are here.
+
+    Whoever has looked for long enough sleeps: a thread that only gives way on a busy core comes back late, a sleeper
+    soon after it is woken.
+    """
     if num_threads == 1:
         return
-    target = (_arrive(counter) // num_threads + 1) * num_threads
+    counter, sleepers = record + 8 * RecordField.ARRIVALS, record + 8 * RecordField.SLEEPERS
+    syscall = word(record, RecordField.SYSCALL)
+    before = _add(counter, 1)
+    target = (before // num_threads + 1) * num_threads
+    if before + 1 == target:
+        if syscall != 0 and _add(sleepers, 0) > 0:
+            _futex(syscall, counter, _WAKE, num_threads)
+        return
     spins = 0
     while _look(counter) < target:
+        spins += 1
         if spins < _NUM_SPINS:
-            spins += 1
             _pause()
-        else:
+        elif syscall == 0:
             _give_way()
+        else:
+            _add(sleepers, 1)
+            seen = _look(counter)
+            if seen < target:
+                # returns at once if somebody has come in between
+                _futex(syscall, counter, _WAIT, seen)
+            _add(sleepers, -1)
 
 
 @intrinsic
@@ -111,7 +152,7 @@ def find_place(record: int) -> tuple[int, int]:
     """The number of this thread and how many there are, in a function that ``Team.run`` runs."""
     if word(record, RecordField.COUNT_THREADS) != 0:
         return _ask(word(record, RecordField.NUMBER_THREAD)), _ask(word(record, RecordField.COUNT_THREADS))
-    return _arrive(record + 8 * RecordField.TICKETS), word(record, RecordField.NUM_THREADS)
+    return _add(record + 8 * RecordField.TICKETS, 1), word(record, RecordField.NUM_THREADS)
 
 
 class Team:
@@ -121,7 +162,7 @@ class Team:
     """
 
     def __init__(self) -> None:
-        self._openmp = _find_openmp()
+        self._openmp, self._syscall = _find_openmp(), _find_syscall()
         self._helpers: list[_Helper] = []
         self._process = os.getpid()
         weakref.finalize(self, _dismiss, self._helpers)
@@ -129,7 +170,8 @@ class Team:
     def run(self, function: Any, record: np.ndarray) -> None:
         """Call a numba callback with the address of a record in each thread, and wait for all of them."""
         num_threads, address = torch.get_num_threads(), record.ctypes.data
-        record[RecordField.TICKETS] = record[RecordField.ARRIVALS] = 0
+        record[[RecordField.TICKETS, RecordField.ARRIVALS, RecordField.SLEEPERS]] = 0
+        record[RecordField.SYSCALL] = self._syscall
         record[RecordField.NUM_THREADS] = num_threads
         if self._openmp is not None:
             record[RecordField.NUMBER_THREAD] = self._openmp.number_thread
@@ -170,6 +212,12 @@ def _find_openmp() -> _OpenMP | None:
     parallel.restype = None
     addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (number, count)]
     return _OpenMP(parallel, *addresses)
+
+
+def _find_syscall() -> int:
+    if not sys.platform.startswith("linux") or platform.machine() not in _FUTEX_NUMBERS:
+        return 0
+    return ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0
 
 
 class _Helper:
