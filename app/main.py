@@ -85,6 +85,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         model=settings.model,
         revision=settings.revision,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         state_dtype=settings.state_dtype,
         device=settings.device,
         max_num_seqs=settings.max_num_seqs,

@@ -21,6 +21,7 @@ from mamba_core import checkpoints
 from mamba_core.cache import MambaCache
 from mamba_core.configuration_mamba import MambaConfig
 from mamba_core.modeling_mamba import MambaForCausalLM
+from mamba_core.quantization import quantize_int8
 
 # hidden size and layers of the published models; the rest is the same for all of them
 SHAPES = {
@@ -77,6 +78,7 @@ class Subject:
         return {
             "model": self.name,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "matrices": str(self.model.lm_head.weight.dtype).removeprefix("torch."),
             "state_dtype": str(self.state_dtype).removeprefix("torch."),
             "device": self.machine.device,
             "versions": versions(),
@@ -90,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=sorted(_DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--state-dtype", choices=sorted(_DTYPES), default="float32")
+    parser.add_argument("--quantization", choices=("none", "int8"), default="none")
     parser.add_argument("--threads", type=int, help="CPU threads")
 
 
@@ -112,6 +115,8 @@ def load_subject(options: argparse.Namespace) -> Subject:
         }
     )
     name, model = load_model(options)
+    if options.quantization == "int8":
+        quantize_int8(model)
     return Subject(name, model, device, dtype, _DTYPES[options.state_dtype], machine)
 
 
@@ -168,7 +173,7 @@ def print_line(values: dict[str, Any]) -> None:
 
 def _weight_bytes(model: MambaForCausalLM) -> int:
     total: int = sum(parameter.nbytes for parameter in model.parameters())
-    if model.config.tie_word_embeddings:
+    if model.lm_head.weight is model.backbone.embeddings.weight:
         return total
     # of an embedding that is not the head as well, a step reads a few rows
     embedding: int = model.backbone.embeddings.weight.nbytes

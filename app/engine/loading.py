@@ -21,6 +21,7 @@ from mamba_core import checkpoints
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaForCausalLM
 from mamba_core.ops import native
+from mamba_core.quantization import quantize_int8
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,22 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     state_dtype: torch.dtype
+    quantization: str = "none"
+
+    @property
+    def weight_dtype(self) -> str:
+        """The type of most weights."""
+        return _name(self.dtype) if self.quantization == "none" else self.quantization
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Placement:
         device = _find_device(config.device)
         dtype = _find_dtype("dtype", _auto_dtype(device) if config.dtype == "auto" else config.dtype)
-        return cls(device, dtype, _find_dtype("state_dtype", config.state_dtype))
+        if config.quantization not in ("none", "int8"):
+            raise EngineStartError(f"unknown quantization {config.quantization!r}: use none or int8")
+        if config.quantization != "none" and device.type != "cpu":
+            raise EngineStartError(f"quantization {config.quantization!r} is for CPUs, not for {device}")
+        return cls(device, dtype, _find_dtype("state_dtype", config.state_dtype), config.quantization)
 
 
 def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> tuple[Engine, ModelInfo]:
@@ -57,14 +68,19 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
         _set_threads(config)
         if placement.device.type == "cpu":
             keep_freed_memory()
-            logger.info("weights in %s, %d threads", _name(placement.dtype), torch.get_num_threads())
+            logger.info("weights in %s, %d threads", placement.weight_dtype, torch.get_num_threads())
         with stage("checking the checkpoint"):
             model_dir = checkpoints.resolve(config.model, config.revision)
             checkpoint = checkpoints.inspect(model_dir)
         report_checked(str(model_dir))
         with stage("loading the weights"):
             model = checkpoints.load(checkpoint, dtype=placement.dtype, device=placement.device)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        if config.quantization == "int8":
+            with stage("quantizing the weights"):
+                quantize_int8(model)
         engine, info = build_engine(model, config, placement)
+        info = replace(info, num_parameters=num_parameters, dtype=placement.weight_dtype)
         eos_token_ids = checkpoints.eos_token_ids(model_dir, checkpoint.config)
         return engine, replace(info, model_dir=str(model_dir), eos_token_ids=eos_token_ids)
     except (checkpoints.CheckpointError, MemoryTooSmall) as error:

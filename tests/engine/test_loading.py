@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_settings_reach_the_engine(checkpoint: Path) -> None:
         ({"device": "meta"}, "device 'meta' is not supported"),
         ({"device": "cuda:77"}, "no device cuda:77"),
         ({"dtype": "int8"}, "unknown dtype 'int8': use one of float32"),
+        ({"quantization": "int4"}, "unknown quantization 'int4': use none or int8"),
         ({"state_dtype": "double"}, "unknown state_dtype 'double'"),
         ({"model": "/nowhere/at/all"}, "nowhere"),
     ],
@@ -97,3 +99,18 @@ def test_threads_are_as_many_as_usable_cores_unless_somebody_says(
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_int8_is_said_and_writes_tokens(checkpoint: Path) -> None:
+    config = EngineConfig(str(checkpoint), dtype="float32", device="cpu", max_num_seqs=2)
+    _, plain = load_engine(config, lambda _: None)
+    engine, info = load_engine(replace(config, quantization="int8"), lambda _: None)
+    assert (info.dtype, info.num_parameters) == ("int8", plain.num_parameters)
+    engine.submit(make_request(prompt=[1] * 20))
+    assert len(run(engine).tokens["r", 0]) == 4
+
+
+def test_int8_is_refused_on_a_gpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.engine.loading._find_device", lambda _: torch.device("cuda", 0))
+    with pytest.raises(EngineStartError, match="quantization 'int8' is for CPUs, not for cuda:0"):
+        load_engine(EngineConfig(str(checkpoint), quantization="int8"), lambda _: None)
