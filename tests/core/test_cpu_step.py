@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 from mamba_core import MambaCache, MambaForCausalLM
 from mamba_core.cpu_step import CpuStep
 from mamba_core.ops import Packing
-from mamba_core.ops.native import threads
+from mamba_core.ops.native import callbacks, compiling, threads
 from mamba_core.ops.native.callbacks import head_callback
+from mamba_core.ops.native.compiling import compiled_callback
 from mamba_core.ops.native.step_kernels import HeadField
 from mamba_core.ops.native.threads import Team
 from mamba_core.ops.native.units import Kind, has_pairs, has_words
@@ -329,3 +332,28 @@ def test_what_does_not_exist_is_refused(tiny_model: MakeModel) -> None:
         with pytest.raises(IndexError, match=message):
             CpuStep().step(model.backbone, torch.tensor([2, token]), torch.tensor([0, slot]), cache)
     assert torch.equal(cache.ssm, before.ssm)
+
+
+def test_without_a_place_to_keep_it_machine_code_is_made_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = numba.cfunc
+
+    def refuse(signature: object, cache: bool = False) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function 'seven': no locator available")
+        return make(signature)
+
+    monkeypatch.setattr(numba, "cfunc", refuse)
+    callback = compiled_callback(numba.types.int64(numba.types.int64), lambda x: x + 7)
+    assert callback.ctypes(5) == 12
+
+
+def test_machine_code_of_other_sources_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = compiling.fingerprint()
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "compiling.py"))
+    assert compiling.fingerprint.__wrapped__() != before
+    (tmp_path / "compiling.py").write_text("changed")
+    assert compiling.fingerprint.__wrapped__() not in (0, before)
+    # numba looks at what a function refers to, so that each number has machine code of its own
+    for function in (callbacks.step_callback, callbacks.head_callback):
+        callback = function(Kind.of(torch.float32, torch.float32))
+        assert before in [cell.cell_contents for cell in callback._pyfunc.__closure__]

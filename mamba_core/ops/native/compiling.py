@@ -24,7 +24,7 @@ def compiled_callback(signature: Any, function: Callable[..., Any]) -> Any:
     """
     try:
         return numba.cfunc(signature, cache=True)(function)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return numba.cfunc(signature)(function)
 
 
