@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batching-server", type=Path, help="examples/server/server.py of llama-cpp-python's sources")
     parser.add_argument("--gguf-types", type=numbers(str.upper), default=["F16"], help="F16, BF16, Q8_0, F32")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of our weights")
-    parser.add_argument("--more", default="", help="further flags of our server and our in-process benchmarks")
+    parser.add_argument("--quantization", choices=("none", "int8"), default="none", help="of our matrices")
     parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--streams", type=numbers(int), default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each stream, and steps in process")
@@ -149,7 +149,7 @@ def make_plan(options: argparse.Namespace, checkpoint: Path, model: MambaForCaus
     num_rows = max(options.streams)
     length = max([*options.prompts, _STREAM_PROMPT_TOKENS]) + max(options.tokens, options.greedy_tokens)
     length += _SPARE_CONTEXT
-    contenders = [ours(str(checkpoint), tokenizer, options.dtype, options.threads, num_rows, options.more.split())]
+    contenders = [ours(str(checkpoint), tokenizer, weight_flags(options), options.threads, num_rows)]
     ggufs = {}
     for kind in options.gguf_types:
         path = ggufs[kind] = directory / f"{checkpoint.name}-{kind}.gguf"
@@ -161,12 +161,22 @@ def make_plan(options: argparse.Namespace, checkpoint: Path, model: MambaForCaus
     return Plan(str(checkpoint), model.config.vocab_size, contenders, ggufs)
 
 
+def weight_flags(options: argparse.Namespace) -> list[str]:
+    """How our server and our benchmarks are told of the type of their weights."""
+    quantization = ["--quantization", options.quantization] if options.quantization != "none" else []
+    return ["--dtype", options.dtype, *quantization]
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def who(contender: Contender) -> str:
     return f"{contender.name} {contender.weights}"
 
 
 def check_agreement(options: argparse.Namespace, plan: Plan, model: MambaForCausalLM, directory: Path) -> None:
-    """Raises SystemExit when answers part where fp32 sees no near-tie; of Q8_0, whose weights differ, it is told."""
+    """Raises SystemExit when answers part where fp32 sees no near-tie; where weights are quantised, it is but told."""
     # the beginnings of real programs where the checkpoint has a tokenizer for them
     prompts = numerics.prompts_of(plan.model, plan.vocab_size)[: options.greedy_prompts]
     answers = {}
@@ -180,7 +190,8 @@ def check_agreement(options: argparse.Namespace, plan: Plan, model: MambaForCaus
         line = {"benchmark": "agreement", "model": Path(plan.model).name, "contender": who(contender)}
         line |= {"with": who(first), **found.describe()}
         print_line({**line, "only_near_ties": is_near})
-        if not is_near and not contender.weights.startswith("Q"):
+        is_quantised = contender.weights.startswith("Q") or options.quantization != "none"
+        if not is_near and not is_quantised:
             raise SystemExit(f"{who(contender)} says something else than {who(first)}: there is nothing to compare")
 
 
@@ -194,7 +205,7 @@ def measure_server(options: argparse.Namespace, plan: Plan, server: Serving, fig
         outcome = server.stream(prompts[:num_streams], options.tokens)
         rate = outcome.num_tokens / (outcome.ended - outcome.started)
         first = round(1e3 * statistics.median(outcome.first_tokens), 2)
-        figures.add(f"{num_streams} streams", "tokens/s", name, rate, round=number, first_token_ms=first)
+        figures.add(count(num_streams, "stream"), "tokens/s", name, rate, round=number, first_token_ms=first)
     for length in options.prompts:
         (prompt,) = random_prompts(1, length, plan.vocab_size, (number, "first token", length))
         outcome = server.stream([prompt], 2)
@@ -203,14 +214,13 @@ def measure_server(options: argparse.Namespace, plan: Plan, server: Serving, fig
 
 def our_lines(options: argparse.Namespace, plan: Plan) -> Iterator[tuple[str, float]]:
     """Cases and rates of this project's engine in a process of its own."""
-    common = ["--model", plan.model, "--device", "cpu", "--dtype", options.dtype, "--threads", str(options.threads)]
-    common += options.more.split()
+    common = ["--model", plan.model, "--device", "cpu", "--threads", str(options.threads), *weight_flags(options)]
     batches = ",".join(map(str, options.streams))
     shapes = ",".join(f"1x{length}" for length in options.prompts)
     decode = ["benchmarks.decode", "--batch", batches, "--tokens", str(options.tokens)]
     for line in json_lines([sys.executable, "-m", *decode, "--prompt", str(_STREAM_PROMPT_TOKENS), *common]):
         if line.get("benchmark") == "decode":
-            yield f"decode of {line['batch']} rows", line["tokens_per_s"]
+            yield f"decode of {count(line['batch'], 'row')}", line["tokens_per_s"]
     for line in json_lines([sys.executable, "-m", "benchmarks.prefill", "--shape", shapes, "--repeats", "1", *common]):
         if line.get("benchmark") == "prefill":
             yield f"prefill of {line['shape'].removeprefix('1x')}", line["tokens_per_s"]
@@ -229,7 +239,7 @@ def their_lines(options: argparse.Namespace, plan: Plan, gguf: Path) -> Iterator
     for line in json_lines([options.llama_python, str(_ROWS_SCRIPT)], json.dumps(job)):
         kind, _, number = line["case"].partition(" ")
         if kind == "decode":
-            yield f"decode of {number} rows", line["tokens_per_s"]
+            yield f"decode of {count(int(number), 'row')}", line["tokens_per_s"]
         elif kind == "prefill":
             yield f"prefill of {number}", line["tokens_per_s"]
 

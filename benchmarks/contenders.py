@@ -76,15 +76,15 @@ class EventClient(StreamClient):
             return len(self._arrivals) - _EVENTS_WITHOUT_TOKENS
 
 
-def ours(model: str, tokenizer: Path, dtype: str, threads: int, num_rows: int, more: Sequence[str]) -> Contender:
-    """This project's server."""
+def ours(model: str, tokenizer: Path, weights: Sequence[str], threads: int, num_rows: int) -> Contender:
+    """This project's server. ``weights``: the flags that name their type."""
 
     def command(port: int) -> list[str]:
-        flags = ["--model", model, "--tokenizer", str(tokenizer), "--device", "cpu", "--dtype", dtype]
+        flags = ["--model", model, "--tokenizer", str(tokenizer), "--device", "cpu", *weights]
         flags += ["--num-threads", str(threads), "--max-num-seqs", str(num_rows), "--port", str(port)]
-        return [sys.executable, "-m", "app", *flags, "--disable-access-log", "--log-level", "warning", *more]
+        return [sys.executable, "-m", "app", *flags, "--disable-access-log", "--log-level", "warning"]
 
-    return Contender("mamba-serve", dtype, command, "/readyz")
+    return Contender("mamba-serve", " ".join(weights[1::2]), command, "/readyz")
 
 
 def packaged(python: str, gguf: Path, weights: str, threads: int, context_length: int) -> Contender:

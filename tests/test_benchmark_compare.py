@@ -204,7 +204,7 @@ def test_our_server_is_asked_as_the_others_are(tmp_path: Path, shipped: MambaFor
     write_tokenizer(tmp_path, 8192)
     prompt = numerics.prompts_of(str(SHIPPED_MODEL), 8192)[1]
     (truth,) = numerics.continue_plainly(shipped, [prompt], 8)
-    with serving(ours(str(SHIPPED_MODEL), tmp_path, "float32", 1, 3, []), tmp_path / "log") as server:
+    with serving(ours(str(SHIPPED_MODEL), tmp_path, ["--dtype", "float32"], 1, 3), tmp_path / "log") as server:
         assert server.continue_greedily(prompt, 8) == truth.tokens
         outcome = server.stream(random_prompts(3, 20, 8192, 0), 12)
     assert (outcome.num_answers, outcome.num_tokens, len(outcome.first_tokens)) == (3, 36, 3)
@@ -221,8 +221,8 @@ def test_the_whole_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert agreed["equal_to_the_end"] == 2
     assert agreed["distinct_tokens"] > 5
     cases = {(line["contender"], line["case"]) for line in lines}
-    names = ("1 streams", "3 streams", "prompt of 70 to first token")
-    names += ("decode of 1 rows", "decode of 3 rows", "prefill of 70")
+    names = ("1 stream", "3 streams", "prompt of 70 to first token")
+    names += ("decode of 1 row", "decode of 3 rows", "prefill of 70")
     assert cases == {(who, name) for who in ("mamba-serve float32", "llama-cpp-python F16") for name in names}
     assert all("llama-cpp-python" in line["versions"] for line in lines)
     assert len(printed.err.strip().splitlines()[-8:]) == 8
