@@ -122,36 +122,41 @@ class _Weights:
     """Where the weights of a model have been found: the part of a plan that holds their addresses.
 
     places: the parameters, by the dictionaries of their modules; addresses: of each, 0 for a bias that there is not.
-    decays: A times log2(e) of each layer, and the A it was made from.
+    decays: of each layer, A times log2(e) and the A_log it was made from, whose address nothing else has while it is
+    held on to; decay_places and versions tell whether that has changed.
     """
 
     places: list[_Place]
     addresses: list[int]
     decays: list[tuple[Tensor, Tensor]]
+    decay_places: list[dict[str, Tensor | None]]
+    versions: list[int]
     table: np.ndarray
 
     @classmethod
     def find(cls, model: MambaModel) -> _Weights:
         layers = cast(list[MambaBlock], model.layers)
         places = [_place_of(model.norm_f, "weight"), _place_of(model.embeddings, "weight")]
+        num_others = len(places) + len(layers)
+        places += [_place_of(layer.mixer, "A_log") for layer in layers]
         decays = []
         for layer in layers:
             places += _layer_places(layer)
-            A = layer.mixer.A()
-            decays.append((A, (A * _LOG2E).contiguous()))
-        addresses = _addresses(places)
-        rows = np.array(addresses[2:], np.int64).reshape(len(layers), LayerField.SIZE - 1)
-        scaled = [decay.data_ptr() for _, decay in decays]
-        table = np.insert(rows, LayerField.DECAY, scaled, axis=1)
+            decays.append(((layer.mixer.A() * _LOG2E).contiguous(), layer.mixer.A_log.detach()))
         _refuse_strided(places)
-        return cls(places, addresses, decays, table.reshape(-1))
+        addresses = _addresses(places)
+        rows = np.array(addresses[num_others:], np.int64).reshape(len(layers), LayerField.SIZE - 1)
+        table = np.insert(rows, LayerField.DECAY, [decay.data_ptr() for decay, _ in decays], axis=1).reshape(-1)
+        decay_places = [_place_of(layer.mixer, "A_log")[0] for layer in layers]
+        versions = [layer.mixer.A_log._version for layer in layers]
+        return cls(places, addresses, decays, decay_places, versions, table)
 
     def are_current(self, model: MambaModel) -> bool:
         layers = cast(list[MambaBlock], model.layers)
         return (
             len(layers) == len(self.decays)
             and self.addresses == _addresses(self.places)
-            and all(layer.mixer.A() is A for layer, (A, _) in zip(layers, self.decays, strict=True))
+            and self.versions == [cast(Tensor, held["A_log"])._version for held in self.decay_places]
         )
 
 

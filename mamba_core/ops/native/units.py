@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import llvmlite.binding
@@ -67,5 +68,6 @@ def has_words() -> bool:
     return _has_feature("avx512bw")
 
 
+@cache
 def _has_feature(name: str) -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get(name, False))
