@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each stream, and steps in process")
     parser.add_argument("--prompts", type=numbers(int), default=[512, 2048], help="lengths of prompts to first token")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=270.0, help="no round is begun that would end later")
     parser.add_argument("--greedy-prompts", type=int, default=6, help="continuations that must agree")
     parser.add_argument("--greedy-tokens", type=int, default=32)
     parser.add_argument("--near-tie", type=float, default=0.05, help="log-probability within which answers may part")
@@ -259,20 +261,28 @@ def in_turns(contenders: Sequence[Contender], number: int) -> list[Contender]:
 
 
 def compare(options: argparse.Namespace, plan: Plan, figures: Figures, directory: Path) -> None:
+    """Rounds as many as are asked for and, after the first, as still fit into the time."""
+    started = time.monotonic()
     for number in range(options.rounds):
-        for contender in in_turns(plan.contenders, number) if not options.without_http else ():
-            with serving(contender, directory / "server.log") as server:
-                measure_server(options, plan, server, figures, number)
-    for number in range(options.rounds):
-        for contender in in_turns(plan.contenders, number) if not options.without_in_process else ():
-            if contender is plan.contenders[0]:
-                lines = our_lines(options, plan)
-            elif contender.name == "llama-cpp-python":
-                lines = their_lines(options, plan, plan.ggufs[contender.weights])
-            else:
-                continue
-            for case, rate in lines:
-                figures.add(case, "tokens/s", who(contender), rate, round=number)
+        elapsed = time.monotonic() - started
+        if number and elapsed * (number + 1) / number > options.seconds:
+            print(f"{number} of {options.rounds} rounds: another would last beyond --seconds", file=sys.stderr)
+            return
+        for contender in in_turns(plan.contenders, number):
+            if not options.without_http:
+                with serving(contender, directory / "server.log") as server:
+                    measure_server(options, plan, server, figures, number)
+            if not options.without_in_process:
+                for case, rate in in_process_lines(options, plan, contender):
+                    figures.add(case, "tokens/s", who(contender), rate, round=number)
+
+
+def in_process_lines(options: argparse.Namespace, plan: Plan, contender: Contender) -> Iterator[tuple[str, float]]:
+    if contender is plan.contenders[0]:
+        yield from our_lines(options, plan)
+    elif contender.name == "llama-cpp-python":
+        # the other server's library is the same
+        yield from their_lines(options, plan, plan.ggufs[contender.weights])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
