@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from mamba_core.ops.native import callbacks, compiling, threads
 from mamba_core.ops.native.callbacks import head_callback
 from mamba_core.ops.native.compiling import compiled_callback
 from mamba_core.ops.native.step_kernels import HeadField
-from mamba_core.ops.native.threads import Team
+from mamba_core.ops.native.threads import RecordField, Team, find_place, wait_for_all
 from mamba_core.ops.native.units import Kind, has_pairs, has_words
 from mamba_core.quantization import Int8Linear, quantize_int8
 
@@ -357,3 +359,26 @@ def test_machine_code_of_other_sources_is_not_taken_for_ours(monkeypatch: pytest
     for function in (callbacks.step_callback, callbacks.head_callback):
         callback = function(Kind.of(torch.float32, torch.float32))
         assert before in [cell.cell_contents for cell in callback._pyfunc.__closure__]
+
+
+def _keep_waiting(record: int) -> int:
+    thread, num_threads = find_place(record)
+    total = 0.0
+    for _ in range(50):
+        if thread == 0:
+            for number in range(3_000_000):
+                total += number * 0.5
+        wait_for_all(record, num_threads)
+    return int(total > 0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads sleep by a system call of Linux")
+def test_a_thread_that_waits_for_long_sleeps() -> None:
+    record = np.zeros(RecordField.SIZE, np.int64)
+    callback = compiled_callback(numba.types.int64(numba.types.int64), _keep_waiting)
+    cpu, wall = time.process_time(), time.perf_counter()
+    Team().run(callback, record)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    assert list(record[[RecordField.ARRIVALS, RecordField.SLEEPERS]]) == [2 * 50, 0]
+    # one worked, and the other did not look on all the time
+    assert cpu < 1.5 * wall

@@ -59,7 +59,7 @@ def _pause(typing: Any) -> Any:
     """Tell the core that this thread only waits."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if builder.module.triple.startswith(("x86_64", "i686")):
+        if platform.machine() in ("x86_64", "AMD64"):
             call(builder, "llvm.x86.sse2.pause", ir.VoidType())
         return context.get_dummy_value()
 
@@ -95,7 +95,7 @@ def _futex(typing: Any, syscall: Any, address: Any, operation: Any, value: Any) 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         function, address, operation, value = arguments
         kind = ir.FunctionType(I64, [I64] * 7)
-        number = I64(_FUTEX_NUMBERS.get(builder.module.triple.partition("-")[0], 0))
+        number = I64(_FUTEX_NUMBERS.get(platform.machine(), 0))
         none = I64(0)
         callee = builder.inttoptr(function, kind.as_pointer())
         return builder.call(callee, [number, address, operation, value, none, none, none])
