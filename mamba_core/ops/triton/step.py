@@ -464,14 +464,18 @@ def _tile_in(rows: int, size: int, width: int) -> Tile:
 def _tile_low(rows: int, dim: int) -> Tile:
     if rows <= _FEW_ROWS:
         return _tile_shared(rows, dim, 16, 8)
-    share = triton.cdiv(triton.cdiv(dim, 8), 64) * 64
+    share = _share(dim, 8)
     return Tile(16, 64 if dim >= 4096 else 16, share, 128 if share % 128 == 0 else 64, 4)
 
 
 def _tile_shared(rows: int, size: int, outputs: int, shares: int) -> Tile:
     block = _block_rows(rows)
-    share = triton.cdiv(triton.cdiv(size, shares), 64) * 64
-    return Tile(block, outputs, share, 128 if block < 64 else 64, 4)
+    return Tile(block, outputs, _share(size, shares), 128 if block < 64 else 64, 4)
+
+
+def _share(size: int, shares: int) -> int:
+    """Inputs of each of so many programs: a multiple of 64, the least a program takes at a time."""
+    return int(triton.cdiv(triton.cdiv(size, shares), 64)) * 64
 
 
 def _tiles(size: int) -> dict[str, int | bool]:

@@ -259,7 +259,7 @@ def gather_kernel(
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row: residual [H] += the sum of x [SHARES, B, H], and its norm [H], which may be where x is."""
+    """One row: residual [H] += the sum of x [SHARES, B, H], and its norm [H]."""
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     mask = h < width
