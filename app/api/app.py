@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
@@ -37,8 +38,8 @@ def create_app(context: ServerContext) -> FastAPI:
     app.state.context = context
     for router in (completions.router, models.router, operations.router):
         app.include_router(router)
-    app.shortcut = completions.route()
-    app.shortcut_paths = frozenset((app.shortcut.path, context.settings.root_path + app.shortcut.path))
+    short = [route for route in completions.router.routes if isinstance(route, APIRoute)]
+    app.shortcuts = {prefix + route.path: route for route in short for prefix in ("", context.settings.root_path)}
     describe_bodies(app)
     return app
 

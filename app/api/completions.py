@@ -1,43 +1,62 @@
-"""The life of one completion after its body was read: admitted, tokenized, generated while the client is watched."""
+"""The life of one request for tokens: read, admitted, tokenized, generated while the client is watched."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import closing
 
-from fastapi import Response
+from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.admission import Ticket
+from app.api.body import read_json_body
 from app.api.connection import Connection, find_connection
 from app.api.context import ServerContext
+from app.api.dependencies import context_of
 from app.api.errors import as_request_error, error_response
 from app.api.observer import CompletionObserver
 from app.api.open_requests import ClientGone, OpenRequest
 from app.api.streaming import ClientStuck, EventStream
 from app.logging import current_request_id, note
-from app.schemas.completions import CompletionRequest
+from app.schemas.wire import Body
 from app.serving.completions import CompletionService
 from app.serving.errors import RequestError
+from app.serving.jobs import Job
+from app.serving.parsing import parse_request
 from app.serving.prepared import PreparedCompletion
-from app.serving.translate import num_sequences, split_prompts
 
-# tokenizing this many characters takes about a millisecond, for which no thread is worth its while
-_LENGTH_IN_LOOP = 4096
-_CHARACTERS_PER_TOKEN = 4
+# parsing this many bytes takes about a millisecond, for which no thread is worth its while
+_BYTES_IN_LOOP = 64 * 1024
 
 logger = logging.getLogger(__name__)
+
+
+async def answer(
+    request: Request, model: type[Body], make_job: Callable[[CompletionService, Body], Job]
+) -> CompletionAnswer:
+    """What a route answers whose body is ``model``. Raises RequestError for what is refused before it is admitted."""
+    context = context_of(request)
+    # refused before a byte of the body is read, and once more when all of it is here
+    context.require_service()
+    context.check_queue()
+    settings = context.settings
+    raw = await read_json_body(request.scope, request.receive, settings.max_body_size, settings.body_timeout)
+    is_short = len(raw) <= _BYTES_IN_LOOP
+    body = parse_request(model, raw) if is_short else await asyncio.to_thread(parse_request, model, raw)
+    service = context.require_service()
+    return CompletionAnswer(context, service, make_job(service, body))
 
 
 class CompletionAnswer(Response):
     """Answers one request, streaming or not. Whichever way it ends, its rows and its place in the queue are free."""
 
-    def __init__(self, context: ServerContext, service: CompletionService, body: CompletionRequest) -> None:
+    def __init__(self, context: ServerContext, service: CompletionService, job: Job) -> None:
         super().__init__()
         self._context = context
         self._service = service
-        self._body = body
+        self._job = job
         self._connection: Connection | None = None
         self._events: EventStream | None = None
 
@@ -63,7 +82,7 @@ class CompletionAnswer(Response):
 
     def _enter(self) -> Ticket:
         num_slots = self._context.engine.info.max_num_seqs
-        return self._context.admission.enter(num_slots, num_sequences(self._body), _estimate_tokens(self._body))
+        return self._context.admission.enter(num_slots, self._job.num_sequences, self._job.estimated_tokens)
 
     async def _generate(self, ticket: Ticket, request: OpenRequest, send: Send) -> bytes | None:
         """The whole answer, or None after it was streamed."""
@@ -79,9 +98,9 @@ class CompletionAnswer(Response):
         return None
 
     async def _prepare(self) -> PreparedCompletion:
-        if sum(map(len, split_prompts(self._body))) <= _LENGTH_IN_LOOP:
-            return self._service.prepare(self._body, current_request_id())
-        return await asyncio.to_thread(self._service.prepare, self._body, current_request_id())
+        if self._job.is_short:
+            return self._job.prepare(current_request_id())
+        return await asyncio.to_thread(self._job.prepare, current_request_id())
 
     async def _end(self, content: bytes | None, scope: Scope, receive: Receive, send: Send) -> None:
         if content is not None:
@@ -108,11 +127,3 @@ class CompletionAnswer(Response):
     def _cut_connection(self) -> None:
         if self._connection is not None:
             self._connection.cut()
-
-
-def _estimate_tokens(body: CompletionRequest) -> int:
-    """Prompt tokens, known for ids and guessed for text: the decision comes before tokenizing."""
-    return sum(
-        len(prompt) // _CHARACTERS_PER_TOKEN + 1 if isinstance(prompt, str) else len(prompt)
-        for prompt in split_prompts(body)
-    )

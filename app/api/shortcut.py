@@ -1,6 +1,8 @@
-"""The way of completions past the framework, whose layers cost more than all that is done for a request."""
+"""The way of requests for tokens past the framework, whose layers cost more than all that is done for them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
@@ -12,44 +14,42 @@ from app.serving.errors import RequestError
 
 
 class ShortcutApp(FastAPI):
-    """Requests to ``shortcut_paths`` meet the application's own middleware and then the endpoint of ``shortcut``.
+    """Requests to the paths of ``shortcuts`` meet the application's own middleware and then the endpoint of the route.
 
-    FastAPI documents the route and answers other methods. The endpoint takes the request alone and returns a response.
+    FastAPI documents the routes and answers other methods. Endpoints take the request alone and return a response.
     """
 
-    shortcut: APIRoute
-    shortcut_paths: frozenset[str]
+    shortcuts: Mapping[str, APIRoute]
 
     def build_middleware_stack(self) -> ASGIApp:
         """Called once by Starlette, before the first request."""
-        answer: ASGIApp = _Endpoint(self.shortcut)
+        answer: ASGIApp = _Endpoint(self.shortcuts)
         for layer in reversed(self.user_middleware):
             answer = layer.cls(answer, *layer.args, **layer.kwargs)
-        return _Switch(super().build_middleware_stack(), answer, self.shortcut_paths, self.shortcut.methods or set())
+        return _Switch(super().build_middleware_stack(), answer, self.shortcuts)
 
 
 class _Switch:
-    def __init__(self, framework: ASGIApp, answer: ASGIApp, paths: frozenset[str], methods: set[str]) -> None:
+    def __init__(self, framework: ASGIApp, answer: ASGIApp, routes: Mapping[str, APIRoute]) -> None:
         self._framework = framework
         self._answer = answer
-        self._paths = paths
-        self._methods = methods
+        self._methods = {path: route.methods or set() for path, route in routes.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_short = scope["path"] in self._paths and scope["method"] in self._methods
+        is_short = scope["method"] in self._methods.get(scope["path"], ())
         await (self._answer if is_short else self._framework)(scope, receive, send)
 
 
 class _Endpoint:
-    def __init__(self, route: APIRoute) -> None:
-        self._route = route
+    def __init__(self, routes: Mapping[str, APIRoute]) -> None:
+        self._routes = routes
         self._gate = Gate()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["route"] = self._route
+        route = scope["route"] = self._routes[scope["path"]]
         try:
             await self._gate.enter()
-            response = await self._route.endpoint(Request(scope, receive, send))
+            response = await route.endpoint(Request(scope, receive, send))
             await response(scope, receive, send)
         except RequestError as error:
             await error_response(error)(scope, receive, send)

@@ -10,6 +10,7 @@ from app.engine.request import Event, FinishReason, PromptLogprobsEvent, TokenEv
 from app.serving.detokenizer import make_detokenizer
 from app.serving.errors import RequestError
 from app.serving.failures import request_error, token_failure
+from app.serving.forms import ChoicePart
 from app.serving.logprobs import LogprobEntry
 from app.serving.prepared import PreparedCompletion, PreparedPrompt
 from app.serving.stops import StopMatcher
@@ -120,15 +121,15 @@ class Choice:
         texts.clear()
         return text
 
-    def take(self) -> tuple[str, list[LogprobEntry], int]:
-        """The same with entries, and where the text now ends.
+    def take(self) -> ChoicePart:
+        """All that came since the last call and may be let out.
 
         An entry waits until the text of its token has begun to be let out, so that its offset is final.
         """
         entries = []
         while self._entries and (self.finish_reason is not None or self._entries[0].offset < self._given):
             entries.append(self._entries.popleft())
-        return self.take_text(), entries, self._given
+        return ChoicePart(self.index, self.take_text(), entries, self._given, self.finish_reason, self.stop_reason)
 
     def _take_prompt_logprobs(self, event: PromptLogprobsEvent) -> None:
         ids, offsets = self._prompt.request.prompt_token_ids, self._prompt.echo_offsets

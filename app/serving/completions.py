@@ -12,10 +12,12 @@ from app.engine.request import ModelInfo
 from app.schemas.completions import CompletionRequest
 from app.serving.errors import ModelNotFound
 from app.serving.failures import request_error
+from app.serving.jobs import CompletionJob, Job
 from app.serving.limits import ServingLimits
 from app.serving.observer import CompletionObserver, GapObserver
 from app.serving.outlet import Outlet
 from app.serving.prepared import PreparedCompletion
+from app.serving.preparing import Preparation, Target
 from app.serving.run import CompletionRun
 from app.serving.tokenizer import Tokenizer
 from app.serving.translate import Translator
@@ -42,24 +44,23 @@ class CompletionService:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model_names = tuple(model_names)
-        self._translator = Translator(tokenizer, limits or ServingLimits())
+        self._translator = Translator(tokenizer, Preparation(limits or ServingLimits()))
         self._turns = Turns(observer)
 
-    def prepare(self, body: CompletionRequest, request_id: str) -> PreparedCompletion:
-        """Check and tokenize. Blocks in proportion to the prompts, asks nothing of the engine, may run in a thread.
+    def job(self, body: CompletionRequest) -> Job:
+        """A request of ``/v1/completions``."""
+        return CompletionJob(body, self._translator, self.find_target)
 
-        Raises RequestError: InvalidRequest, ModelNotFound, Unavailable while no model is loaded.
-        """
-        model = body.model or self._model_names[0]
-        if model not in self._model_names:
-            raise ModelNotFound(model)
+    def find_target(self, model: str | None) -> Target:
+        """The model of that name. Raises ModelNotFound, and Unavailable while none is loaded."""
+        name = model or self._model_names[0]
+        if name not in self._model_names:
+            raise ModelNotFound(name)
         try:
             info = self._engine.info
         except EngineError as error:
             raise request_error(error) from error
-        return self._translator.translate(
-            body, info, model=model, fingerprint=_fingerprint(info), request_id=request_id
-        )
+        return Target(info, name, _fingerprint(info))
 
     async def complete(self, prepared: PreparedCompletion, observer: CompletionObserver | None = None) -> bytes:
         """The whole answer as JSON. Cancelling frees the engine's rows. Raises RequestError."""

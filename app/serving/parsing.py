@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from app.schemas.completions import CompletionRequest, parse_completion
 from app.schemas.json import BodyError
+from app.schemas.wire import Body, parse_body
 from app.serving.errors import InvalidRequest
 
 
-def parse_completion_request(raw: bytes) -> CompletionRequest:
-    """The completion request that a body holds. Raises InvalidRequest."""
+def parse_request(model: type[Body], raw: bytes) -> Body:
+    """The request that a body holds. Raises InvalidRequest."""
     try:
-        return parse_completion(raw)
+        return parse_body(model, raw)
     except BodyError as error:
         raise InvalidRequest(error.message, param=error.param) from None

@@ -1,16 +1,41 @@
-"""The JSON of answers and of chunks, whose constant parts are encoded once per request."""
+"""The JSON of completions and of their chunks, whose constant parts are encoded once per request."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from app.serving.prepared import PreparedCompletion
-
-OBJECT = "text_completion"
+from app.serving.forms import ChoicePart
+from app.serving.logprobs import logprobs_object
+from app.serving.tokenizer import Tokenizer
 
 _REST = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """The fields that an answer and all its chunks share.
+
+    id: of the answer. created: seconds since 1970. model: the name that was asked for.
+    """
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    def fields(self, object_name: str) -> dict[str, Any]:
+        """In the order of the wire."""
+        return {
+            "id": self.id,
+            "object": object_name,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
 
 
 def usage_object(num_prompt_tokens: int, num_generated_tokens: int) -> dict[str, Any]:
@@ -24,39 +49,61 @@ def usage_object(num_prompt_tokens: int, num_generated_tokens: int) -> dict[str,
     }
 
 
-def head_object(prepared: PreparedCompletion) -> dict[str, Any]:
-    """The fields that an answer and all its chunks share."""
-    return {
-        "id": prepared.id,
-        "object": OBJECT,
-        "created": prepared.created,
-        "model": prepared.model,
-        "system_fingerprint": prepared.system_fingerprint,
-    }
+@dataclass(frozen=True, slots=True)
+class CompletionForm:
+    """Answers of ``/v1/completions``. num_choices: how many an answer has. has_usage_chunk: whether a stream ends with
+    usage. has_continuous_usage: whether each chunk of it tells usage.
+    """
+
+    head: AnswerHead
+    tokenizer: Tokenizer
+    num_choices: int
+    has_logprobs: bool
+    has_usage_chunk: bool
+    has_continuous_usage: bool
+
+    def encoder(self, frame: tuple[bytes, bytes]) -> ChunkEncoder:
+        return ChunkEncoder(self, frame)
+
+    def answer(self, parts: Sequence[ChoicePart], usage: dict[str, Any]) -> bytes:
+        choices = [self.choice(part, self.has_logprobs) for part in parts]
+        return orjson.dumps({**self.head.fields("text_completion"), "choices": choices, "usage": usage})
+
+    def choice(self, part: ChoicePart, has_logprobs: bool) -> dict[str, Any]:
+        """A choice, or what came of it."""
+        return {
+            "index": part.index,
+            "text": part.text,
+            "logprobs": logprobs_object(part.entries, self.tokenizer, part.end) if has_logprobs else None,
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+        }
 
 
 class ChunkEncoder:
     """Writes the chunks of one streamed completion, each with what ``frame`` puts before and after it."""
 
-    __slots__ = ("_end", "_frame", "_head", "_starts")
+    __slots__ = ("_end", "_form", "_frame", "_head", "_starts", "is_plain")
 
-    def __init__(self, prepared: PreparedCompletion, frame: tuple[bytes, bytes]) -> None:
+    def __init__(self, form: CompletionForm, frame: tuple[bytes, bytes]) -> None:
+        self.is_plain = not form.has_logprobs and not form.has_continuous_usage
+        self._form = form
         # without its closing brace
-        self._head = frame[0] + orjson.dumps(head_object(prepared))[:-1]
-        self._starts = [b'%b,"choices":[{"index":%d,"text":' % (self._head, i) for i in range(prepared.num_sequences)]
+        self._head = frame[0] + orjson.dumps(form.head.fields("text_completion"))[:-1]
+        self._starts = [b'%b,"choices":[{"index":%d,"text":' % (self._head, i) for i in range(form.num_choices)]
         self._frame = frame
         self._end = _REST + self._tail(None)
 
     def chunk(self, index: int, text: str) -> bytes:
-        """A piece of text in the midst of a choice: what nearly every chunk is."""
         return b"%b%b%b" % (self._starts[index], orjson.dumps(text), self._end)
 
-    def full_chunk(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> bytes:
-        """Any other chunk of a choice."""
+    def full_chunk(self, part: ChoicePart, usage: dict[str, Any] | None) -> bytes:
+        choice = self._form.choice(part, self._form.has_logprobs and bool(part.entries))
         return b"".join((self._head, b',"choices":[', orjson.dumps(choice), b"]", self._tail(usage)))
 
-    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
-        """The last chunk, which has no choice."""
+    def ending(self, usage: dict[str, Any]) -> bytes:
+        if not self._form.has_usage_chunk:
+            return b""
         return b"".join((self._head, b',"choices":[]', self._tail(usage)))
 
     def _tail(self, usage: dict[str, Any] | None) -> bytes:

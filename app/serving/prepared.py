@@ -1,10 +1,11 @@
-"""A completion request that was checked and tokenized, ready to be run."""
+"""A request that was checked and tokenized, ready to be run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from app.engine.request import GenerationRequest
+from app.serving.forms import AnswerForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +27,13 @@ class PreparedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PreparedCompletion:
-    """Everything that running and answering one request needs.
+    """Everything that running one request needs.
 
-    id: of the answer. request_id: of the HTTP request, for logs. model: the name that was asked for. created: seconds
-    since 1970. started: ``time.monotonic`` when preparing began. logprobs: None or the number of alternatives.
-    end_of_text_ids: stop tokens that are no ``stop_reason``.
+    form: how it is answered. started: ``time.monotonic`` when preparing began. logprobs: None or the number of
+    alternatives. end_of_text_ids: stop tokens that are no ``stop_reason``.
     """
 
-    id: str
-    request_id: str
-    model: str
-    system_fingerprint: str
-    created: int
+    form: AnswerForm
     started: float
     prompts: tuple[PreparedPrompt, ...]
     n: int
@@ -47,7 +43,6 @@ class PreparedCompletion:
     is_stop_included: bool
     is_special_skipped: bool
     is_stream: bool
-    has_usage_chunk: bool
     has_continuous_usage: bool
 
     @property

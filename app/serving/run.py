@@ -8,16 +8,13 @@ import time
 from contextlib import suppress
 from typing import Any
 
-import orjson
-
 from app.engine.interface import EngineClient, EngineError
 from app.serving.choices import Choice
 from app.serving.errors import RequestError, ServerFailure
 from app.serving.failures import request_error
-from app.serving.logprobs import logprobs_object
 from app.serving.observer import CompletionObserver
 from app.serving.outlet import Outlet
-from app.serving.payloads import ChunkEncoder, head_object, usage_object
+from app.serving.payloads import usage_object
 from app.serving.prepared import PreparedCompletion
 from app.serving.tokenizer import Tokenizer
 from app.serving.turns import Turns
@@ -69,9 +66,8 @@ class CompletionRun:
         self._turns = turns
         self._prepared = prepared
         self._outlet = outlet
-        self._encoder = ChunkEncoder(prepared, outlet.frame) if outlet is not None else None
-        # a chunk in the midst of a choice holds text alone
-        self._is_plain = prepared.logprobs is None and not prepared.has_continuous_usage
+        self._encoder = prepared.form.encoder(outlet.frame) if outlet is not None else None
+        self._is_plain = self._encoder is not None and self._encoder.is_plain
         self._observer = observer
         self._num_generated = 0
         self._last_batch_at: float | None = None
@@ -103,8 +99,7 @@ class CompletionRun:
 
     def answer(self) -> bytes:
         """The whole answer as JSON, once it is done."""
-        choices = [self._choice_object(choice) for choice in self._choices]
-        return orjson.dumps({**head_object(self._prepared), "choices": choices, "usage": self._usage()})
+        return self._prepared.form.answer([choice.take() for choice in self._choices], self._usage())
 
     def flush(self, now: float) -> None:
         """Take in what has arrived and write it, if it can be written."""
@@ -127,8 +122,8 @@ class CompletionRun:
         if outlet is not None and self._changed and not outlet.is_blocked:
             chunks = b"".join([self._chunk(choice) for choice in self._changed])
             self._changed.clear()
-            if self._num_unfinished == 0:
-                chunks += self._usage_chunk()
+            if self._num_unfinished == 0 and self._encoder is not None:
+                chunks += self._encoder.ending(self._usage())
             if chunks:
                 outlet.write(chunks, is_last=self.is_over)
         if self.is_over:
@@ -192,27 +187,10 @@ class CompletionRun:
         if self._is_plain and not choice.is_over:
             text = choice.take_text()
             return encoder.chunk(choice.index, text) if text else b""
-        content = self._choice_object(choice)
-        if not content["text"] and not content["logprobs"] and choice.finish_reason is None:
+        part = choice.take()
+        if part.is_empty:
             return b""
-        return encoder.full_chunk(content, self._usage() if self._prepared.has_continuous_usage else None)
-
-    def _usage_chunk(self) -> bytes:
-        if self._encoder is None or not self._prepared.has_usage_chunk:
-            return b""
-        return self._encoder.usage_chunk(self._usage())
-
-    def _choice_object(self, choice: Choice) -> dict[str, Any]:
-        """What came of a choice since it was asked for last."""
-        text, entries, end = choice.take()
-        has_logprobs = self._prepared.logprobs is not None and (entries or not self._prepared.is_stream)
-        return {
-            "index": choice.index,
-            "text": text,
-            "logprobs": logprobs_object(entries, self._tokenizer, end) if has_logprobs else None,
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
+        return encoder.full_chunk(part, self._usage() if self._prepared.has_continuous_usage else None)
 
     def _usage(self) -> dict[str, Any]:
         return usage_object(self._prepared.num_prompt_tokens, self._num_generated)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import cast
 
-from app.engine.request import GenerationRequest, ModelInfo, SamplingParams
-from app.schemas.completions import CompletionRequest, StreamOptions
+from app.engine.request import GenerationRequest, ModelInfo
+from app.schemas.completions import CompletionRequest
+from app.schemas.generation import StreamOptions
 from app.serving.detokenizer import make_detokenizer
-from app.serving.errors import ContextLengthExceeded, InvalidRequest
-from app.serving.limits import ServingLimits
+from app.serving.errors import InvalidRequest
+from app.serving.payloads import AnswerHead, CompletionForm
 from app.serving.prepared import PreparedCompletion, PreparedPrompt
+from app.serving.preparing import Preparation, Target, check_ids
 from app.serving.tokenizer import Tokenizer
 from app.serving.unsupported import refuse_unsupported
-
-GREEDY_BELOW = 1e-5
 
 
 def split_prompts(body: CompletionRequest) -> list[str | list[int]]:
@@ -34,26 +32,30 @@ def num_sequences(body: CompletionRequest) -> int:
 
 
 class Translator:
-    """Turns bodies into prepared completions for one model."""
+    """Turns bodies of ``/v1/completions`` into what is run."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: ServingLimits) -> None:
+    def __init__(self, tokenizer: Tokenizer, preparation: Preparation) -> None:
         self._tokenizer = tokenizer
-        self._limits = limits
-        self._numbers = itertools.count()
+        self._preparation = preparation
+        self._limits = preparation.limits
 
-    def translate(
-        self, body: CompletionRequest, info: ModelInfo, *, model: str, fingerprint: str, request_id: str
-    ) -> PreparedCompletion:
+    def translate(self, body: CompletionRequest, target: Target, request_id: str) -> PreparedCompletion:
         """Raises InvalidRequest and its kin."""
         started = time.monotonic()
+        info = target.info
         self._check(body, info)
         options = body.stream_options or StreamOptions()
+        has_continuous_usage = options.include_usage and options.continuous_usage_stats
+        form = CompletionForm(
+            AnswerHead(f"cmpl-{request_id}", int(time.time()), target.model, target.fingerprint),
+            self._tokenizer,
+            num_choices=num_sequences(body),
+            has_logprobs=body.logprobs is not None,
+            has_usage_chunk=options.include_usage,
+            has_continuous_usage=has_continuous_usage,
+        )
         return PreparedCompletion(
-            id=f"cmpl-{request_id}",
-            request_id=request_id,
-            model=model,
-            system_fingerprint=fingerprint,
-            created=int(time.time()),
+            form=form,
             started=started,
             prompts=self._prompts(body, info, request_id),
             n=body.n,
@@ -63,8 +65,7 @@ class Translator:
             is_stop_included=body.include_stop_str_in_output,
             is_special_skipped=body.skip_special_tokens,
             is_stream=body.stream,
-            has_usage_chunk=options.include_usage,
-            has_continuous_usage=options.include_usage and options.continuous_usage_stats,
+            has_continuous_usage=has_continuous_usage,
         )
 
     def _check(self, body: CompletionRequest, info: ModelInfo) -> None:
@@ -72,25 +73,18 @@ class Translator:
         num_prompts = len(split_prompts(body))
         if num_prompts > self._limits.max_prompts:
             raise InvalidRequest(f"'prompt' should hold at most {self._limits.max_prompts} prompts", param="prompt")
-        # the continuations of a prompt start together, each in a slot of its own
-        max_n = min(self._limits.max_n, info.max_num_seqs)
-        if body.n > max_n:
-            raise InvalidRequest(f"'n' should be at most {max_n}", param="n")
-        _check_ids(body.stop_token_ids, info.vocab_size, "stop_token_ids")
-        _check_ids(body.logit_bias, info.vocab_size, "logit_bias")
+        self._preparation.check(body, info)
 
     def _prompts(self, body: CompletionRequest, info: ModelInfo, request_id: str) -> tuple[PreparedPrompt, ...]:
         prompts = split_prompts(body)
         all_ids = [self._token_ids(prompt, body.add_special_tokens) for prompt in prompts]
         for ids in all_ids:
-            _check_ids(ids, info.vocab_size, "prompt")
-            self._check_length(len(ids), self._max_tokens(body, len(ids)))
+            check_ids(ids, info.vocab_size, "prompt")
+            self._preparation.check_length(len(ids), self._max_tokens(body, len(ids)))
         self._check_prompt_logprobs(body, sum(map(len, all_ids)))
-        # two clients may send the same request id; the engine must not take one request for the other
-        unique_id = f"{request_id}-{next(self._numbers)}"
-        stop_ids = tuple(dict.fromkeys([*body.stop_token_ids, *(() if body.ignore_eos else info.eos_token_ids)]))
+        unique_id = self._preparation.unique_id(request_id)
         return tuple(
-            self._prompt(body, prompt, self._request(body, f"{unique_id}-{i}", ids, stop_ids, info.vocab_size))
+            self._prompt(body, prompt, self._request(body, info, f"{unique_id}-{i}", ids))
             for i, (prompt, ids) in enumerate(zip(prompts, all_ids, strict=True))
         )
 
@@ -103,20 +97,9 @@ class Translator:
         return ids
 
     def _max_tokens(self, body: CompletionRequest, num_prompt_tokens: int) -> int:
-        """What was asked for; a default that nobody asked for gives way to the limit."""
-        limit = self._limits.max_model_len
-        if limit is None or "max_tokens" in body.model_fields_set:
+        if "max_tokens" in body.model_fields_set:
             return body.max_tokens
-        return max(1, min(body.max_tokens, limit - num_prompt_tokens))
-
-    def _check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        limit = self._limits.max_model_len
-        if limit is not None and num_prompt_tokens + max_tokens > limit:
-            raise ContextLengthExceeded(
-                f"at most {limit} tokens are allowed, but {num_prompt_tokens + max_tokens} were requested: "
-                f"{num_prompt_tokens} of the prompt and {max_tokens} of 'max_tokens'",
-                param="prompt" if num_prompt_tokens >= limit else "max_tokens",
-            )
+        return self._preparation.default_max_tokens(body.max_tokens, num_prompt_tokens)
 
     def _check_prompt_logprobs(self, body: CompletionRequest, num_prompt_tokens: int) -> None:
         if not body.echo or body.logprobs is None:
@@ -130,19 +113,19 @@ class Translator:
             )
 
     def _request(
-        self, body: CompletionRequest, request_id: str, ids: Sequence[int], stop_ids: tuple[int, ...], vocab_size: int
+        self, body: CompletionRequest, info: ModelInfo, unique_id: str, ids: Sequence[int]
     ) -> GenerationRequest:
         prompt_logprobs = body.logprobs if body.echo else None
         if body.max_tokens == 0 and prompt_logprobs is None:
             # the engine knows no request without output, except to score a prompt
             prompt_logprobs = 0
-        return GenerationRequest(
-            request_id=request_id,
-            prompt_token_ids=tuple(ids),
-            sampling=_sampling(body, vocab_size),
+        return self._preparation.engine_request(
+            body,
+            info,
+            unique_id,
+            ids,
             max_tokens=self._max_tokens(body, len(ids)),
-            stop_token_ids=stop_ids,
-            n=body.n,
+            logprobs=body.logprobs,
             prompt_logprobs=prompt_logprobs,
         )
 
@@ -161,26 +144,3 @@ class Translator:
     def _pieces(self, ids: Sequence[int], skip_special_tokens: bool) -> list[str]:
         detokenizer = make_detokenizer(self._tokenizer, (), skip_special_tokens=skip_special_tokens)
         return [detokenizer.push(token) for token in ids]
-
-
-def _check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
-    largest = max(ids, default=0)
-    if largest >= vocab_size:
-        raise InvalidRequest(
-            f"'{param}' holds token id {largest}; the vocabulary ends at {vocab_size - 1}", param=param
-        )
-
-
-def _sampling(body: CompletionRequest, vocab_size: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=0.0 if body.temperature < GREEDY_BELOW else body.temperature,
-        top_k=0 if body.top_k <= 0 or body.top_k >= vocab_size else body.top_k,
-        top_p=body.top_p,
-        min_p=body.min_p,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        repetition_penalty=body.repetition_penalty,
-        logit_bias=tuple(body.logit_bias.items()),
-        seed=secrets.randbits(63) if body.seed is None else body.seed,
-        logprobs=body.logprobs,
-    )

@@ -56,15 +56,15 @@ async def test_leaving_while_the_prompt_is_tokenized(serve: Serve, engine: FakeE
     async with serve() as server:
         service = server.context.service
         assert service is not None
-        prepare = service.prepare
+        find_target = service.find_target
         entered: list[int] = []
 
         def slow(*args: object) -> object:
             entered.append(1)
             time.sleep(0.3)
-            return prepare(*args)  # type: ignore[arg-type]
+            return find_target(*args)  # type: ignore[arg-type]
 
-        object.__setattr__(service, "prepare", slow)
+        object.__setattr__(service, "find_target", slow)
         _, writer = await server.connect()
         writer.write(post({"prompt": "hello " * 2000, "stream": True}))
         await wait_for(lambda: entered)

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from app.schemas.completions import Completion, CompletionRequest, parse_completion
+from app.schemas.completions import Completion, CompletionRequest
 from app.schemas.json import BodyError
+from app.schemas.wire import parse_body
 
 LARGE = 10**9
 
 
 def parse(**fields: Any) -> CompletionRequest:
-    return parse_completion(json.dumps({"prompt": "a", **fields}).encode())
+    return parse_body(CompletionRequest, json.dumps({"prompt": "a", **fields}).encode())
 
 
 BAD = [
@@ -58,7 +59,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(field: str, value: An
     else:
         body = json.dumps({"prompt": "a", field: value}).encode()
     with pytest.raises(BodyError) as caught:
-        parse_completion(body)
+        parse_body(CompletionRequest, body)
     assert caught.value.param == field
     assert len(caught.value.message) <= 200
 
@@ -67,7 +68,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(field: str, value: An
 @pytest.mark.parametrize("field", ["temperature", "top_p", "frequency_penalty", "repetition_penalty", "unknown"])
 def test_no_number_that_is_none(field: str, number: str) -> None:
     with pytest.raises(BodyError):
-        parse_completion(f'{{"prompt": "a", "{field}": {number}}}'.encode())
+        parse_body(CompletionRequest, f'{{"prompt": "a", "{field}": {number}}}'.encode())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_stream_options_need_a_stream(stream: dict[str, Any]) -> None:
 
 def test_a_prompt_is_required() -> None:
     with pytest.raises(BodyError, match="required") as caught:
-        parse_completion(b'{"model": "a"}')
+        parse_body(CompletionRequest, b'{"model": "a"}')
     assert caught.value.param == "prompt"
 
 
@@ -141,7 +142,7 @@ def test_half_a_million_stop_strings_cost_little() -> None:
     body = json.dumps({"prompt": "a", "stop": ["a"] * 500_000}).encode()
     started = time.perf_counter()
     with pytest.raises(BodyError):
-        parse_completion(body)
+        parse_body(CompletionRequest, body)
     assert time.perf_counter() - started < 5.0
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from app.engine.interface import EngineStatus, SampleSink
 from app.engine.request import GenerationRequest, TokenLogprobs
-from app.schemas.completions import Completion
+from app.schemas.completions import Completion, CompletionRequest
 from app.serving.completions import CompletionService
 from app.serving.errors import RequestError, ServerFailure, Unavailable
 from app.serving.logprobs import LogprobEntry, logprobs_object
-from app.serving.parsing import parse_completion_request
+from app.serving.parsing import parse_request
 from app.serving.prepared import PreparedCompletion
 from app.serving.tokenizer import Tokenizer
 from tests.fakes import FakeEngine, make_info
@@ -32,7 +32,9 @@ TOKENIZERS = {"byte_level": Tokenizer(train_byte_level()), "byte_fallback": Toke
 
 
 def prepare(service: CompletionService, **fields: Any) -> PreparedCompletion:
-    return service.prepare(parse_completion_request(json.dumps({"prompt": "the dog", **fields}).encode()), "r")
+    return service.job(parse_request(CompletionRequest, json.dumps({"prompt": "the dog", **fields}).encode())).prepare(
+        "r"
+    )
 
 
 async def complete(service: CompletionService, observer: Any = None, **fields: Any) -> dict[str, Any]:

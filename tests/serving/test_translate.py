@@ -23,7 +23,7 @@ from app.serving.errors import (
     UnsupportedParameter,
 )
 from app.serving.models import ModelCatalog
-from app.serving.parsing import parse_completion_request
+from app.serving.parsing import parse_request
 from app.serving.prepared import PreparedCompletion
 from app.serving.tokenizer import Tokenizer
 from app.serving.translate import num_sequences
@@ -35,12 +35,12 @@ Prepare = Callable[..., PreparedCompletion]
 
 
 def parse(**fields: Any) -> CompletionRequest:
-    return parse_completion_request(json.dumps({"prompt": "the dog", **fields}).encode())
+    return parse_request(CompletionRequest, json.dumps({"prompt": "the dog", **fields}).encode())
 
 
 @pytest.fixture
 def prepare(service: CompletionService) -> Prepare:
-    return lambda **fields: service.prepare(parse(**fields), "r")
+    return lambda **fields: service.job(parse(**fields)).prepare("r")
 
 
 def request_of(prepared: PreparedCompletion) -> GenerationRequest:
@@ -50,7 +50,7 @@ def request_of(prepared: PreparedCompletion) -> GenerationRequest:
 
 # field -> a value that is not its default, and what it does: a place in the request or the preparation
 EFFECTS: dict[str, tuple[Any, Callable[[PreparedCompletion], Any], Any]] = {
-    "model": ("wolf", lambda p: p.model, "wolf"),
+    "model": ("wolf", lambda p: p.form.head.model, "wolf"),
     "prompt": ([5, 6], lambda p: request_of(p).prompt_token_ids, (5, 6)),
     "max_tokens": (7, lambda p: request_of(p).max_tokens, 7),
     "temperature": (0.5, lambda p: request_of(p).sampling.temperature, 0.5),
@@ -61,7 +61,7 @@ EFFECTS: dict[str, tuple[Any, Callable[[PreparedCompletion], Any], Any]] = {
     "stream": (True, lambda p: p.is_stream, True),
     "stream_options": (
         {"include_usage": True, "continuous_usage_stats": True},
-        lambda p: (p.has_usage_chunk, p.has_continuous_usage),
+        lambda p: (p.form.has_usage_chunk, p.has_continuous_usage),
         (True, True),
     ),
     "logprobs": (2, lambda p: (p.logprobs, request_of(p).sampling.logprobs), (2, 2)),
@@ -99,8 +99,8 @@ def test_special_tokens_are_added_when_asked_for(engine: FakeEngine) -> None:
     backend = train_byte_level()
     backend.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 0)])
     service = CompletionService(engine, Tokenizer(backend), ["fox"])
-    with_one = request_of(service.prepare(parse(), "r")).prompt_token_ids
-    without = request_of(service.prepare(parse(add_special_tokens=False), "r")).prompt_token_ids
+    with_one = request_of(service.job(parse()).prepare("r")).prompt_token_ids
+    without = request_of(service.job(parse(add_special_tokens=False)).prepare("r")).prompt_token_ids
     assert with_one == (0, *without)
 
 
@@ -132,11 +132,11 @@ def test_four_forms_of_a_prompt(prepare: Prepare, prompt: Any, num_prompts: int)
 def test_engine_ids_are_unique_though_request_ids_are_not(prepare: Prepare) -> None:
     ids = [prompt.request.request_id for _ in range(3) for prompt in prepare(prompt=["a", "b"]).prompts]
     assert len(set(ids)) == 6
-    assert prepare().id == "cmpl-r"
+    assert prepare().form.head.id == "cmpl-r"
 
 
 def test_the_served_name_is_the_default(prepare: Prepare) -> None:
-    assert prepare().model == "fox"
+    assert prepare().form.head.model == "fox"
     with pytest.raises(ModelNotFound) as caught:
         prepare(model="cat")
     assert caught.value.param == "model"
@@ -163,7 +163,7 @@ def test_a_prompt_that_tokenizes_to_nothing_is_refused(engine: FakeEngine) -> No
     backend.normalizer = normalizers.Strip()
     service = CompletionService(engine, Tokenizer(backend), ["fox"])
     with pytest.raises(InvalidRequest, match="no token") as caught:
-        service.prepare(parse(prompt="   "), "r")
+        service.job(parse(prompt="   ")).prepare("r")
     assert caught.value.param == "prompt"
 
 
@@ -171,7 +171,7 @@ def test_limits(make_service: Callable[..., CompletionService]) -> None:
     service = make_service(max_prompts=2, max_n=3, max_model_len=20, max_prompt_logprobs=30)
     accepted = [{"prompt": ["a", "b"]}, {"n": 3}, {"prompt": [1] * 4}, {"prompt": [1] * 5, "echo": True, "logprobs": 5}]
     for fields in accepted:
-        service.prepare(parse(**{"max_tokens": 15, **fields}), "r")
+        service.job(parse(**{"max_tokens": 15, **fields})).prepare("r")
     refused: list[tuple[dict[str, Any], str]] = [
         ({"prompt": ["a", "b", "c"]}, "prompt"),
         ({"n": 4}, "n"),
@@ -182,24 +182,24 @@ def test_limits(make_service: Callable[..., CompletionService]) -> None:
     ]
     for fields, param in refused:
         with pytest.raises(InvalidRequest) as caught:
-            service.prepare(parse(**{"max_tokens": 15, **fields}), "r")
+            service.job(parse(**{"max_tokens": 15, **fields})).prepare("r")
         assert caught.value.param == param
 
 
 def test_the_limit_of_length_tells_both_numbers(make_service: Callable[..., CompletionService]) -> None:
     with pytest.raises(ContextLengthExceeded, match=r"10 .* 20 .* 5 .* 15") as caught:
-        make_service(max_model_len=10).prepare(parse(prompt=[1] * 5, max_tokens=15), "r")
+        make_service(max_model_len=10).job(parse(prompt=[1] * 5, max_tokens=15)).prepare("r")
     assert caught.value.code == "context_length_exceeded"
 
 
 def test_a_default_of_max_tokens_gives_way_to_the_limit(make_service: Callable[..., CompletionService]) -> None:
     service = make_service(max_model_len=10)
-    assert request_of(service.prepare(parse(prompt=[1] * 7), "r")).max_tokens == 3
-    assert request_of(service.prepare(parse(prompt=[1] * 7, max_tokens=None), "r")).max_tokens == 3
+    assert request_of(service.job(parse(prompt=[1] * 7)).prepare("r")).max_tokens == 3
+    assert request_of(service.job(parse(prompt=[1] * 7, max_tokens=None)).prepare("r")).max_tokens == 3
     with pytest.raises(ContextLengthExceeded):
-        service.prepare(parse(prompt=[1] * 7, max_tokens=16), "r")
+        service.job(parse(prompt=[1] * 7, max_tokens=16)).prepare("r")
     with pytest.raises(ContextLengthExceeded):
-        service.prepare(parse(prompt=[1] * 10), "r")
+        service.job(parse(prompt=[1] * 10)).prepare("r")
 
 
 def test_a_model_that_is_not_loaded_yet_is_unavailable(byte_level: Tokenizer) -> None:
@@ -210,7 +210,7 @@ def test_a_model_that_is_not_loaded_yet_is_unavailable(byte_level: Tokenizer) ->
 
     loading = cast("FakeEngine", Loading())
     with pytest.raises(Unavailable):
-        CompletionService(loading, byte_level, ["fox"]).prepare(parse(), "r")
+        CompletionService(loading, byte_level, ["fox"]).job(parse()).prepare("r")
     with pytest.raises(Unavailable):
         ModelCatalog(loading, ["fox"]).list()
 
@@ -290,7 +290,7 @@ def test_scoring_alone_is_asked_of_the_engine_as_such(prepare: Prepare) -> None:
 
 def test_continuations_that_have_no_slots_are_refused(engine: FakeEngine, make_service: Callable[..., Any]) -> None:
     service, slots = make_service(max_n=64), engine.info.max_num_seqs
-    service.prepare(parse(n=slots), "r")
+    service.job(parse(n=slots)).prepare("r")
     with pytest.raises(InvalidRequest, match=f"at most {slots}") as caught:
-        service.prepare(parse(n=slots + 1), "r")
+        service.job(parse(n=slots + 1)).prepare("r")
     assert caught.value.param == "n"
