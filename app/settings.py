@@ -143,6 +143,9 @@ class Settings(BaseSettings):
     max_connections: Count = _setting(4096, "Limits", "open connections; more are refused with 503")
     header_timeout: PositiveSeconds = _setting(10.0, "Limits", "seconds for the headers of a request to arrive")
     body_timeout: PositiveSeconds = _setting(60.0, "Limits", "seconds for the body of a request to arrive")
+    max_request_seconds: Seconds = _setting(
+        0.0, "Limits", "seconds that a request for tokens may take, whatever X-Request-Timeout asks for; 0 for no limit"
+    )
     write_timeout: PositiveSeconds = _setting(60.0, "Limits", "seconds after which a client that reads nothing is cut")
     ping_interval: PositiveSeconds = _setting(15.0, "Limits", "seconds of silence in a stream before a comment is sent")
     heartbeat_timeout: PositiveSeconds = _setting(

@@ -14,6 +14,7 @@ from app.api.admission import Ticket
 from app.api.body import read_json_body
 from app.api.connection import Connection, find_connection
 from app.api.context import ServerContext
+from app.api.deadline import Deadline, read_deadline
 from app.api.dependencies import context_of
 from app.api.errors import as_request_error, error_response
 from app.api.observer import CompletionObserver
@@ -42,21 +43,24 @@ async def answer(
     context.require_service()
     context.check_queue()
     settings = context.settings
-    raw = await read_json_body(request.scope, request.receive, settings.max_body_size, settings.body_timeout)
+    deadline = read_deadline(request.scope, settings.max_request_seconds)
+    timeout = deadline.shorten(settings.body_timeout)
+    raw = await read_json_body(request.scope, request.receive, settings.max_body_size, timeout)
     is_short = len(raw) <= _BYTES_IN_LOOP
     body = parse_request(model, raw) if is_short else await asyncio.to_thread(parse_request, model, raw)
     service = context.require_service()
-    return CompletionAnswer(context, service, make_job(service, body))
+    return CompletionAnswer(context, service, make_job(service, body), deadline)
 
 
 class CompletionAnswer(Response):
     """Answers one request, streaming or not. Whichever way it ends, its rows and its place in the queue are free."""
 
-    def __init__(self, context: ServerContext, service: CompletionService, job: Job) -> None:
+    def __init__(self, context: ServerContext, service: CompletionService, job: Job, deadline: Deadline) -> None:
         super().__init__()
         self._context = context
         self._service = service
         self._job = job
+        self._deadline = deadline
         self._connection: Connection | None = None
         self._events: EventStream | None = None
 
@@ -64,7 +68,7 @@ class CompletionAnswer(Response):
         ticket = self._enter()
         self._connection = find_connection(scope)
         try:
-            with self._context.open_requests.track(self._connection, receive) as request:
+            with self._context.open_requests.track(self._connection, receive) as request, self._deadline.limit(request):
                 content = await self._generate(ticket, request, send)
         except ClientGone:
             raise
