@@ -28,7 +28,7 @@ from app.metrics import ServerMetrics
 from app.serving.errors import Unavailable
 from app.serving.tokenizer import Tokenizer, TokenizerError
 from app.serving.tokenizer_source import find_tokenizer
-from app.settings import Settings
+from app.settings import Settings, SettingsError
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -134,6 +134,8 @@ async def _serve(settings: Settings, make_engine: Callable[[EngineConfig], Manag
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.on_signal)
+        if settings.api_key_file is not None:
+            loop.add_signal_handler(signal.SIGHUP, server.on_hangup)
         logger.info("starting", extra={"model": settings.model, "pid": os.getpid()})
         try:
             return await server.run()
@@ -171,6 +173,16 @@ class Server:
     def on_signal(self) -> None:
         """SIGTERM or SIGINT came."""
         (self._abort if self._stop.is_set() else self._stop).set()
+
+    def on_hangup(self) -> None:
+        """SIGHUP came: the file of keys has changed. One that is wrong changes nothing."""
+        try:
+            keys = self._settings.read_api_keys()
+        except SettingsError as error:
+            logger.error("the keys stay as they were: %s", error)
+            return
+        self._context.keys.replace(keys)
+        logger.info("keys read again", extra={"num_keys": len(keys)})
 
     async def run(self) -> int:
         """From start to end. Raises EngineStartError, TokenizerError, StartError; the caller stops the engine."""

@@ -12,6 +12,8 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from app.keys import ApiKey, KeyLimits, join_keys, parse_key, parse_keys
+
 ENV_PREFIX = "MAMBA_"
 # other programs have variables that begin as ours do, so only a near miss is taken for a mistake
 _NEARLY_OURS = 0.88
@@ -126,8 +128,12 @@ class Settings(BaseSettings):
         8000, "Server", "port; 0 for a free one", ge=0, le=65535
     )
     root_path: str = _setting("", "Server", "path under which a proxy serves this", pattern=r"^(/[\w.~%-]+)*$")
-    api_key: Secrets = _setting((), "Server", "keys of which a request must carry one; open when none is given")
-    api_key_file: ExistingFile | None = _setting(None, "Server", "file with one more key per line")
+    api_key: Secrets = _setting(
+        (), "Server", "keys of which a request must carry one, each KEY or 'NAME = KEY'; open when none is given"
+    )
+    api_key_file: ExistingFile | None = _setting(
+        None, "Server", "file with more keys, one a line, limits of its own behind each; read again on SIGHUP"
+    )
     disable_metrics: bool = _setting(False, "Server", "no /metrics")
     protect_metrics: bool = _setting(False, "Server", "/metrics needs a key as well")
 
@@ -140,6 +146,18 @@ class Settings(BaseSettings):
     )
     max_prompts: Count = _setting(128, "Limits", "prompts in one request")
     max_n: Count = _setting(64, "Limits", "continuations of one prompt (n, best_of)")
+    key_max_concurrency: NumberOrZero = _setting(
+        0, "Limits", "requests that may be open at once under one key's name; 0 for no limit"
+    )
+    key_requests_per_minute: NumberOrZero = _setting(
+        0, "Limits", "requests under one key's name in any 60 seconds; 0 for no limit"
+    )
+    key_tokens_per_minute: NumberOrZero = _setting(
+        0,
+        "Limits",
+        "tokens of prompts and answers under one key's name in any 60 seconds, counted when a request is over; "
+        "0 for no limit",
+    )
     max_connections: Count = _setting(4096, "Limits", "open connections; more are refused with 503")
     header_timeout: PositiveSeconds = _setting(10.0, "Limits", "seconds for the headers of a request to arrive")
     body_timeout: PositiveSeconds = _setting(60.0, "Limits", "seconds for the body of a request to arrive")
@@ -167,7 +185,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         for key in keys:
-            _check_key(key.get_secret_value())
+            parse_key(key.get_secret_value())
         return keys
 
     @property
@@ -176,12 +194,16 @@ class Settings(BaseSettings):
         own_name = Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
         return self.served_model_name or (own_name,)
 
-    def read_api_keys(self) -> tuple[str, ...]:
+    def read_api_keys(self) -> tuple[ApiKey, ...]:
         """All keys, those of the file included. Raises SettingsError when the file holds none or a broken one."""
-        keys = [key.get_secret_value() for key in self.api_key]
+        limits = KeyLimits(self.key_max_concurrency, self.key_requests_per_minute, self.key_tokens_per_minute)
+        keys = [parse_key(key.get_secret_value(), limits, f"key-{i}") for i, key in enumerate(self.api_key, 1)]
         if self.api_key_file is not None:
-            keys += _read_key_file(self.api_key_file)
-        return tuple(dict.fromkeys(keys))
+            keys += _read_key_file(self.api_key_file, limits, len(keys) + 1)
+        try:
+            return join_keys(keys)
+        except ValueError as error:
+            raise SettingsError(f"--api-key-file: {error}") from None
 
     @classmethod
     def settings_customise_sources(
@@ -260,19 +282,9 @@ def _suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _check_key(key: str) -> None:
-    if not key:
-        raise ValueError("an empty key would let everybody in; leave the setting out to serve without keys")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError("a key holds only printable ASCII characters and no spaces")
-
-
-def _read_key_file(path: Path) -> list[str]:
+def _read_key_file(path: Path, limits: KeyLimits, first_number: int) -> list[ApiKey]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        keys = [line.strip() for line in lines if line.strip()]
-        for key in keys:
-            _check_key(key)
+        keys = parse_keys(path.read_text(encoding="utf-8").splitlines(), limits, first_number)
     except (OSError, ValueError) as error:
         raise SettingsError(f"--api-key-file: {path}: {error}") from None
     if not keys:

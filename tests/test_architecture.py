@@ -20,12 +20,22 @@ PROJECT_ARROWS: Mapping[str, tuple[str, ...]] = {
     "mamba_core": ("mamba_core",),
     "app": ("app",),
     "app.schemas": ("app.schemas",),
-    "app.settings": ("app.engine.config",),
+    "app.settings": ("app.engine.config", "app.keys"),
+    "app.keys": (),
     "app.logging": (),
     "app.metrics": ("app.engine.request", "app.engine.interface"),
     "app.engine": ("app.engine", "mamba_core"),
     "app.serving": ("app.serving", "app.schemas", "app.engine", "app.settings", "app.metrics", "app.logging"),
-    "app.api": ("app.api", "app.serving", "app.schemas", "app.engine", "app.settings", "app.metrics", "app.logging"),
+    "app.api": (
+        "app.api",
+        "app.serving",
+        "app.schemas",
+        "app.engine",
+        "app.settings",
+        "app.keys",
+        "app.metrics",
+        "app.logging",
+    ),
 }
 
 # the two modules at the process boundary, and the messages between them
@@ -55,7 +65,7 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
 CORE_LIBRARIES = frozenset({"torch", "triton", "transformers"})
 COMPILER_LIBRARIES = frozenset({"numba", "llvmlite", "numpy"})
 # compiled when a CPU is used; nothing else may need these
-COMPILED = ("mamba_core.ops.native", "mamba_core.ops.numba_ops", "mamba_core.cpu_step")
+COMPILED = ("mamba_core.ops.machine", "mamba_core.ops.native", "mamba_core.ops.numba_ops", "mamba_core.cpu_step")
 MODEL_LIBRARIES = CORE_LIBRARIES | {"safetensors", "huggingface_hub", "tqdm"}
 
 # a package's __init__ runs before its members, so that of the engine is held to the rules of its purest member

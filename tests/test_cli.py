@@ -43,7 +43,7 @@ def test_the_model_as_argument_and_as_flag() -> None:
 
 def test_lists_and_switches() -> None:
     settings = parse(["a/b", "--api-key", "k1", "k2", "--api-key", "k3", "--disable-metrics"])
-    assert settings.read_api_keys() == ("k1", "k2", "k3")
+    assert [key.secret for key in settings.read_api_keys()] == ["k1", "k2", "k3"]
     assert settings.disable_metrics
     assert not parse(["a/b", "--no-disable-metrics"]).disable_metrics
 

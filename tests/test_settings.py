@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from app.keys import ApiKey, KeyLimits
 from app.settings import Settings, SettingsError, load
 
 
@@ -37,8 +38,9 @@ def test_lists_in_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAMBA_API_KEY", '["k,1", "k2"]')
     settings = load({})
     assert settings.model_names == ("x", "y")
-    assert settings.read_api_keys() == ("k,1", "k2")
+    assert [key.secret for key in settings.read_api_keys()] == ["k,1", "k2"]
     assert "k2" not in repr(settings)
+    assert "k2" not in repr(settings.read_api_keys())
 
 
 def test_names_of_a_directory_and_of_a_hub_id(tmp_path: Path) -> None:
@@ -49,12 +51,52 @@ def test_names_of_a_directory_and_of_a_hub_id(tmp_path: Path) -> None:
 
 def test_keys_from_a_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("\nsk-1\n  sk-2  \n\nsk-1\n")
-    assert load({"model": "a/b", "api_key": ["sk-0"], "api_key_file": str(keys)}).read_api_keys() == (
-        "sk-0",
-        "sk-1",
-        "sk-2",
+    keys.write_text("\n# ours\nsk-1\n  alice = sk-2  \n\nsk-1\nbatch = sk-3 max-concurrency=2 tokens-per-minute=0\n")
+    settings = load(
+        {
+            "model": "a/b",
+            "api_key": ["sk-0", "#sk"],
+            "api_key_file": str(keys),
+            "key_requests_per_minute": "60",
+            "key_tokens_per_minute": "5",
+        }
     )
+    usual = KeyLimits(requests_per_minute=60, tokens_per_minute=5)
+    assert settings.read_api_keys() == (
+        ApiKey("sk-0", "key-1", usual),
+        ApiKey("#sk", "key-2", usual),
+        ApiKey("sk-1", "key-3", usual),
+        ApiKey("sk-2", "alice", usual),
+        ApiKey("sk-3", "batch", KeyLimits(max_concurrency=2, requests_per_minute=60)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("# none\n", ["holds no key"]),
+        ("sk-1\nsk-secret with spaces", ["line 2", "max-concurrency=N"]),
+        ("alice = sk-secret 5", ["line 1"]),
+        ("alice = sk-secret max-concurrency=-1", ["line 1"]),
+        ("alice = sk-secret max-concurrency=1 max-concurrency=2", ["once"]),
+        ("alice = sk-secret max-anything=1", ["line 1"]),
+        ("alice =", ["line 1", "empty"]),
+        ("al/ice = sk-secret", ["name"]),
+        ("key-7 = sk-secret", ["name"]),
+        ("sk-secr\u00e9t", ["ASCII"]),
+        ("alice = sk-secret\nbob = sk-secret", ["'alice'", "'bob'", "same key"]),
+        ("alice = sk-secret\nalice = sk-2 max-concurrency=3", ["'alice'", "different limits"]),
+    ],
+)
+def test_wrong_key_files(tmp_path: Path, text: str, words: list[str]) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(text, encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        load({"model": "a/b", "api_key_file": str(keys)})
+    message = str(caught.value)
+    assert message.startswith("--api-key-file: ")
+    assert all(word in message for word in words), message
+    assert "secr" not in message.replace(str(keys), "")
 
 
 @pytest.mark.parametrize(

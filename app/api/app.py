@@ -52,10 +52,9 @@ def _middleware(context: ServerContext) -> list[Middleware]:
     ]
     if settings.root_path:
         layers.insert(0, Middleware(RootPath, root_path=settings.root_path))
-    keys = settings.read_api_keys()
-    if keys:
+    if context.keys:
         open_paths = OPEN_PATHS if settings.protect_metrics else OPEN_PATHS | {METRICS_PATH}
-        layers.append(Middleware(ApiKeys, keys=keys, open_paths=open_paths, root_path=settings.root_path))
+        layers.append(Middleware(ApiKeys, ring=context.keys, open_paths=open_paths, root_path=settings.root_path))
     return layers
 
 

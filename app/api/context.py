@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from app.api.admission import Admission
+from app.api.keys import KeyRing
 from app.api.open_requests import OpenRequests
 from app.engine.interface import EngineClient, EngineStatus
 from app.metrics import ServerMetrics
@@ -39,9 +40,11 @@ class ServerContext:
     open_requests: OpenRequests = field(default_factory=OpenRequests)
     admission: Admission = field(init=False)
     catalog: ModelCatalog = field(init=False)
+    keys: KeyRing = field(init=False)
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings.max_queue, self.settings.max_queue_tokens)
+        self.keys = KeyRing(self.settings.read_api_keys())
         self.catalog = ModelCatalog(self.engine, self.settings.model_names, self.limits)
 
     @property

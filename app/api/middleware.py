@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import HttpError, as_request_error, error_response
 from app.api.headers import find_header, header_values
+from app.api.keys import KeyRing
 from app.api.open_requests import ClientGone
-from app.logging import bind_request
+from app.logging import bind_request, current_notes, note
+from app.serving.errors import Overloaded
 
 # asked every few seconds, so that the log tells of them only when they fail
 PROBE_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
@@ -97,31 +98,38 @@ class RootPath:
 
 
 class ApiKeys:
-    """Answers 401 unless a request carries one of the keys, or its path is one of a fixed list."""
+    """Answers 401 unless a request carries one of the keys or its path is one of a fixed list, and 429 to a key whose
+    limits are reached. Both come before the body is read; only requests with a body count."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: frozenset[str], root_path: str) -> None:
+    def __init__(self, app: ASGIApp, ring: KeyRing, open_paths: frozenset[str], root_path: str) -> None:
         self._app = app
-        # digests have one length, so that comparing them tells nothing of a key's
-        self._digests = [_digest(key.encode("ascii")) for key in keys]
+        self._ring = ring
         self._open_paths = open_paths
         self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(self._root_path)
-        if path in self._open_paths or self.is_valid(header_values(scope, b"authorization")):
+        if scope["path"].removeprefix(self._root_path) in self._open_paths:
             await self._app(scope, receive, send)
             return
-        headers = {"WWW-Authenticate": "Bearer"}
-        message = "a valid API key is needed: Authorization: Bearer KEY"
-        error = HttpError(401, message, type="authentication_error", code="invalid_api_key", headers=headers)
-        await error_response(error)(scope, receive, send)
-
-    def is_valid(self, authorizations: list[str]) -> bool:
-        """Whether there is one Authorization header with one of the keys; takes the same time for every key."""
-        scheme, _, key = authorizations[0].partition(" ") if len(authorizations) == 1 else ("", "", "")
-        digest = _digest(key.strip().encode("latin-1"))
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return any(matches) and scheme.lower() == "bearer"
+        account = self._ring.find(header_values(scope, b"authorization"))
+        if account is None:
+            await _unauthorized()(scope, receive, send)
+            return
+        note(key=account.name)
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            account.enter()
+        except Overloaded as error:
+            await error_response(error)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            # what the log is told of a completion is what it took
+            notes = current_notes()
+            account.leave(notes.get("prompt_tokens", 0) + notes.get("generated_tokens", 0))
 
 
 class LingeringClose:
@@ -166,8 +174,11 @@ def clean_request_id(given: str | None) -> str:
     return kept or secrets.token_hex(16)
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _unauthorized() -> Response:
+    headers = {"WWW-Authenticate": "Bearer"}
+    message = "a valid API key is needed: Authorization: Bearer KEY"
+    error = HttpError(401, message, type="authentication_error", code="invalid_api_key", headers=headers)
+    return error_response(error)
 
 
 def _has_large_body(scope: Scope) -> bool:

@@ -61,6 +61,33 @@ def test_the_ready_line_can_be_pasted(start: Callable[..., Process], tmp_path: P
     assert (tmp_path / "stopped").read_text().startswith("stopped with 0 live")
 
 
+def test_keys_are_read_again_on_a_hangup(start: Callable[..., Process], tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("alice = sk-first")
+    process = start(api_key_file=str(keys))
+    process.wait_ready()
+
+    def status(key: str) -> int:
+        return httpx.get(process.url + "/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+
+    assert (status("sk-first"), status("sk-second")) == (200, 401)
+    keys.write_text("alice = sk-second")
+    process.signal(signal.SIGHUP)
+    wait_for(lambda: status("sk-second") == 200)
+    assert status("sk-first") == 401
+    for broken in ("", "alice = sk-third oops"):
+        keys.write_text(broken)
+        process.signal(signal.SIGHUP)
+        assert (status("sk-second"), status("sk-third")) == (200, 401)
+    process.signal()
+    code, errors = process.wait(5)
+    assert code == 0
+    assert len(lines_of(errors, "ERROR")) >= 1
+    assert "the keys stay as they were" in errors
+    assert "sk-" not in errors
+    assert " key=alice" in errors
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_streams_finish_while_new_requests_are_refused(start: Callable[..., Process], number: int) -> None:
     process = start({"delay": 0.02})
