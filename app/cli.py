@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -79,8 +80,14 @@ def _help(field: FieldInfo) -> str:
     description = (field.description or "").replace("%", "%%")
     if field.default in _UNTOLD or field.default is False or "default" in description:
         return description
-    default = field.default.human_readable() if hasattr(field.default, "human_readable") else field.default
-    return f"{description} (default: {default})"
+    return f"{description} (default: {shown_default(field)})"
+
+
+def shown_default(field: FieldInfo) -> str:
+    """A default as an operator would write it."""
+    if isinstance(field.default, ByteSize):
+        return field.default.human_readable()
+    return " ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
 
 
 def _shape(field: FieldInfo) -> dict[str, Any]:

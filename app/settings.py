@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from app.keys import ApiKey, KeyLimits, join_keys, parse_key, parse_keys
 ENV_PREFIX = "MAMBA_"
 # other programs have variables that begin as ours do, so only a near miss is taken for a mistake
 _NEARLY_OURS = 0.88
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#A-Z]+")
 
 
 class SettingsError(Exception):
@@ -69,8 +71,15 @@ def _not_a_bool(value: Any) -> Any:
     return value
 
 
+def _origin(value: str) -> str:
+    if _ORIGIN.fullmatch(value) is None:
+        raise ValueError("an origin is *, or a scheme and a host without a path: https://example.com")
+    return value
+
+
 NonEmpty = Annotated[str, Field(min_length=1)]
 DirectoryOrHubId = Annotated[NonEmpty, AfterValidator(_directory_or_hub_id)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)]
 Names = Annotated[tuple[NonEmpty, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
@@ -134,6 +143,12 @@ class Settings(BaseSettings):
     api_key_file: ExistingFile | None = _setting(
         None, "Server", "file with more keys, one a line, limits of its own behind each; read again on SIGHUP"
     )
+    allowed_origins: Origins = _setting(
+        (), "Server", "origins of web pages that may call this, or * for all (CORS); none when not given"
+    )
+    allowed_methods: Names = _setting(("*",), "Server", "methods that such pages may use")
+    allowed_headers: Names = _setting(("*",), "Server", "headers that such pages may send")
+    allow_credentials: bool = _setting(False, "Server", "such pages may send cookies and the like")
     disable_metrics: bool = _setting(False, "Server", "no /metrics")
     protect_metrics: bool = _setting(False, "Server", "/metrics needs a key as well")
 

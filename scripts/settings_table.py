@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from app.cli import shown_default
 from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,8 +44,7 @@ def _default(field: FieldInfo) -> str:
         return ""
     if isinstance(field.default, bool):
         return "on" if field.default else "off"
-    shown = field.default.human_readable() if isinstance(field.default, ByteSize) else field.default
-    return f"`{shown}`"
+    return f"`{shown_default(field)}`"
 
 
 def main() -> int:

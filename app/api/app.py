@@ -9,12 +9,14 @@ from starlette.middleware import Middleware
 
 from app import __version__
 from app.api.context import ServerContext
+from app.api.cors import EXPOSED_HEADERS, Cors
 from app.api.errors import HttpError, as_request_error, error_response
-from app.api.middleware import PROBE_PATHS, ApiKeys, LingeringClose, RequestContext, RootPath
+from app.api.middleware import PROBE_PATHS, ApiKeys, CleanErrors, LingeringClose, RequestContext, RootPath
 from app.api.openapi import describe_bodies
 from app.api.routes import completions, models, operations
 from app.api.shortcut import ShortcutApp
 from app.serving.errors import RequestError
+from app.settings import Settings
 
 METRICS_PATH = "/metrics"
 # paths that need no key; everything else does, what does not exist included
@@ -46,16 +48,28 @@ def create_app(context: ServerContext) -> FastAPI:
 
 def _middleware(context: ServerContext) -> list[Middleware]:
     settings = context.settings
-    layers = [
-        Middleware(RequestContext, on_answer=context.metrics.on_answer, has_access_log=not settings.disable_access_log),
-        Middleware(LingeringClose),
-    ]
+    on_answer, has_access_log = context.metrics.on_answer, not settings.disable_access_log
+    layers = [Middleware(RequestContext, on_answer=on_answer, has_access_log=has_access_log)]
     if settings.root_path:
         layers.insert(0, Middleware(RootPath, root_path=settings.root_path))
+    if settings.allowed_origins:
+        layers.append(_cors(settings))
+    layers += [Middleware(CleanErrors), Middleware(LingeringClose)]
     if context.keys:
         open_paths = OPEN_PATHS if settings.protect_metrics else OPEN_PATHS | {METRICS_PATH}
         layers.append(Middleware(ApiKeys, ring=context.keys, open_paths=open_paths, root_path=settings.root_path))
     return layers
+
+
+def _cors(settings: Settings) -> Middleware:
+    return Middleware(
+        Cors,
+        allow_origins=settings.allowed_origins,
+        allow_methods=settings.allowed_methods,
+        allow_headers=settings.allowed_headers,
+        allow_credentials=settings.allow_credentials,
+        expose_headers=EXPOSED_HEADERS,
+    )
 
 
 async def _on_request_error(request: Request, error: Exception) -> Response:  # noqa: ARG001 (Starlette's signature)

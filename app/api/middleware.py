@@ -39,7 +39,7 @@ OnAnswer = Callable[[str, str, int], None]
 
 
 class RequestContext:
-    """Gives each request its id, answers what nobody caught with a plain 500, and tells log and metrics."""
+    """Gives each request its id, and tells log and metrics how it was answered."""
 
     def __init__(self, app: ASGIApp, on_answer: OnAnswer, has_access_log: bool) -> None:
         self._app = app
@@ -51,12 +51,11 @@ class RequestContext:
         request_id = clean_request_id(find_header(scope, b"x-request-id"))
         notes = bind_request(request_id)
         status = STATUS_CLIENT_GONE
-        is_started = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, is_started
+            nonlocal status
             if message["type"] == "http.response.start":
-                status, is_started = message["status"], True
+                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode("ascii"))]
             await send(message)
 
@@ -64,12 +63,6 @@ class RequestContext:
             await self._app(scope, receive, send_with_id)
         except ClientGone:
             status = STATUS_CLIENT_GONE
-        except Exception as error:
-            logger.exception("request failed")
-            if is_started:
-                # the answer has begun and cannot be mended; the server below cuts the connection
-                raise
-            await error_response(as_request_error(error))(scope, receive, send_with_id)
         finally:
             self._tell(scope, status, time.perf_counter() - started_at, notes)
 
@@ -81,6 +74,32 @@ class RequestContext:
             line = f"{scope['method']} {scope['path'][:_MAX_PATH_CHARACTERS]} {status}"
             level = logging.DEBUG if route in PROBE_PATHS and status == 200 else logging.INFO
             access_logger.log(level, line, extra={"duration_ms": round(seconds * 1000, 1), **notes})
+
+
+class CleanErrors:
+    """Answers what nobody caught with a plain 500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except ClientGone:
+            raise
+        except Exception as error:
+            logger.exception("request failed")
+            if is_started:
+                # the answer has begun and cannot be mended; the server below cuts the connection
+                raise
+            await error_response(as_request_error(error))(scope, receive, send)
 
 
 class RootPath:
