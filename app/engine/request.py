@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of an output must be, from its first character to its last.
+
+    ``source`` is empty for "json_object" (any JSON object), the JSON text of a schema for "json_schema", a regular
+    expression for "regex", the JSON text of a list of strings for "choice", and for "grammar" the rules themselves,
+    as ``root ::= ...`` or in Lark's form.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +26,10 @@ class SamplingParams:
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. ``logprobs`` is None for none, 0 for the sampled
     token only, k for the k likeliest beside it. ``seed`` is always set: whoever builds the request draws one.
+
+    What may not be drawn: the request's stop tokens before ``min_tokens`` tokens were; tokens other than
+    ``allowed_token_ids``; the last token of one of the ``bad_words`` where the others, if any, are the end of prompt
+    and output; what ``grammar`` does not continue with. Log-probabilities are those of the model all the same.
     """
 
     temperature: float = 1.0
@@ -25,6 +42,10 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     logprobs: int | None = None
+    min_tokens: int = 0
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +53,8 @@ class GenerationRequest:
     """One prompt and the ``n`` continuations wanted of it.
 
     ``stop_token_ids`` end a sequence, end-of-text included unless the client asked to ignore it. ``max_tokens`` 0
-    is allowed together with ``prompt_logprobs``, whose meaning is that of ``SamplingParams.logprobs``.
+    is allowed together with ``prompt_logprobs``, whose meaning is that of ``SamplingParams.logprobs``. Of the requests
+    that wait, those of lower ``priority`` come first, then those that arrived first; none displaces one that runs.
     """
 
     request_id: str
@@ -42,6 +64,7 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     n: int = 1
     prompt_logprobs: int | None = None
+    priority: int = 0
 
 
 class FinishReason(StrEnum):
