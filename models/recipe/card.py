@@ -12,15 +12,20 @@ NEW_FILE_SHARE = 0.25
 
 
 def write_card(folder: Path) -> Path:
-    """``README.md`` of a model folder, from its ``data.json``, ``training.json`` and ``evaluation.json``."""
+    """``README.md`` of a model folder, from its ``data.json``, ``training.json`` and ``evaluation.json``.
+
+    What precision costs is added where ``precision.json`` stands beside them.
+    """
     data, training, evaluation = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("data", "training", "evaluation")
     )
+    precision_path = folder / "precision.json"
     sections = (
         _front_matter(),
         _introduction(folder, training, evaluation),
         _use(folder),
         _results(evaluation),
+        *([_precisions(json.loads(precision_path.read_text()))] if precision_path.exists() else []),
         _positions(evaluation["by_position"]),
         _training(training),
         _data(data),
@@ -125,6 +130,40 @@ takes {per_token:.2f} bytes per token on these files."""
 
 def _result_row(name: str, result: dict[str, Any], new: Sequence[int]) -> tuple[str, str, str]:
     return name, f"{_bits_per_byte(result):.3f}", f"{_bits_per_byte(result, new):.3f}" if new else "–"
+
+
+def _precisions(record: dict[str, Any]) -> str:
+    results = record["results"]
+    exact = {result["way"]: _bits_per_byte(result) for result in results if _name_of(result) == "float32"}
+    by_name: dict[str, dict[str, dict[str, Any]]] = {}
+    for result in results:
+        by_name.setdefault(_name_of(result), {})[result["way"]] = result
+    rows = [
+        (name, *(_against(ways.get(way), exact.get(way)) for way in ("prompts", "steps")))
+        for name, ways in by_name.items()
+    ]
+    num_bytes = sum(results[0]["bytes"])
+    return f"""## What precision costs
+
+The same measure on a CPU (torch {record["torch"]}), in the forms that a server gives the weights:
+{len(results[0]["bytes"])} held-out files, {num_bytes:,} bytes. A prompt is taken all at once; what the model has
+written itself is taken one step after another, by other code. In brackets: against fp32.
+
+{_table(("weights and activations", "as prompts", "by steps"), rows)}
+
+int8 is a form of the matrices alone, one scale per output. Measured by `python -m models.recipe.precision`."""
+
+
+def _name_of(result: dict[str, Any]) -> str:
+    quantization = result["quantization"]
+    return str(result["dtype"] if quantization == "none" else f"{result['dtype']}, {quantization} matrices")
+
+
+def _against(result: dict[str, Any] | None, exact: float | None) -> str:
+    if result is None:
+        return "–"
+    value = _bits_per_byte(result)
+    return f"{value:.5f}" if exact is None else f"{value:.5f} ({value / exact - 1:+.3%})"
 
 
 def _positions(result: dict[str, Any]) -> str:

@@ -82,6 +82,11 @@ def read_document(package: str, file: SourceFile) -> Document | str:
         raw = file.path.read_bytes()
     except OSError:
         return "unreadable"
+    return as_document(package, file.relative_path, raw)
+
+
+def as_document(package: str, relative_path: str, raw: bytes) -> Document | str:
+    """``read_document`` for what a file holds."""
     if not MIN_FILE_BYTES <= len(raw) <= MAX_FILE_BYTES:
         return "shorter than 200 bytes" if len(raw) < MIN_FILE_BYTES else "larger than 1 MB"
     try:
@@ -89,7 +94,7 @@ def read_document(package: str, file: SourceFile) -> Document | str:
     except UnicodeDecodeError:
         return "not UTF-8"
     reason = refuse(text)
-    return reason or Document(package, file.relative_path, text.encode(), normalised_digest(text))
+    return reason or Document(package, relative_path, text.encode(), normalised_digest(text))
 
 
 def _read_many(jobs: list[tuple[str, SourceFile]]) -> list[Document | str]:

@@ -66,17 +66,23 @@ def evaluate(settings: EvaluationSettings, device: torch.device, result_path: Pa
     return results
 
 
-def load_exported(folder: Path, device: torch.device) -> Any:
-    """The exported model as a user gets it; in fp32 where there is no GPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def load_exported(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """The exported model as a user gets it: if not told otherwise in fp32 where there is no GPU."""
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return MambaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+def file_rows(tokenizer: Tokenizer, texts: Sequence[bytes]) -> list[list[int]]:
+    """The tokens of each text between two of end-of-text."""
+    encoded = tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+    return [[END_OF_TEXT_ID, *encoding.ids, END_OF_TEXT_ID] for encoding in encoded]
 
 
 def file_bits(model: Any, tokenizer: Tokenizer, corpus: Path) -> dict[str, Any]:
     """Code length in bits of each held-out file from a fresh state, its end included."""
     texts = evaluated_documents(corpus)
-    encoded = tokenizer.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
-    rows = [[END_OF_TEXT_ID, *encoding.ids, END_OF_TEXT_ID] for encoding in encoded]
+    rows = file_rows(tokenizer, texts)
     device = next(model.parameters()).device
     bits = [0.0] * len(rows)
     for batch in batches_by_length([len(row) for row in rows], BATCH_TOKENS):

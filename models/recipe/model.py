@@ -73,9 +73,9 @@ def token_losses(model: Any, tokens: Tensor) -> Tensor:
     """Cross-entropy in nats of each target of rows [B, L+1], as [B, L] fp32; every row starts from a zero state."""
     hidden = model.base_model(tokens[:, :-1], use_cache=False).last_hidden_state  # [B, L, H]
     hidden, targets = hidden.flatten(0, 1), tokens[:, 1:].flatten()
-    weight = model.get_output_embeddings().weight
+    # the layer itself and not its weight, which may be in int8
+    head = model.get_output_embeddings()
     losses = [
-        F.cross_entropy(F.linear(part, weight).float(), wanted, reduction="none")
-        for part, wanted in _slices(hidden, targets)
+        F.cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in _slices(hidden, targets)
     ]
     return torch.cat(losses).view(tokens.shape[0], -1)
