@@ -10,6 +10,20 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class HostRows:
+    """What the host knows of the rows of a packing.
+
+    slots [B], bounds [B+1] int64, contiguous, on the CPU; slot_range, bound_range: the least and the greatest of
+    each, None of no slots.
+    """
+
+    slots: Tensor
+    bounds: Tensor
+    slot_range: tuple[int, int] | None
+    bound_range: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Packing:
     """B sequences packed into T tokens; made once per forward and shared by all layers.
@@ -58,3 +72,14 @@ class Packing:
         """The row of each token, [T] int32; B for a token of none."""
         tokens = torch.arange(self.num_tokens, dtype=torch.int32, device=self.cu_seqlens.device)
         return torch.searchsorted(self.cu_seqlens[1:], tokens, right=True, out_int32=True)
+
+    @cached_property
+    def host_rows(self) -> HostRows:
+        """Slots and bounds for kernels that the host runs. Raises ValueError where they are not vectors that fit."""
+        if self.slots.dim() != 1 or self.cu_seqlens.shape != (len(self.slots) + 1,):
+            shapes = f"{tuple(self.slots.shape)} and {tuple(self.cu_seqlens.shape)}"
+            raise ValueError(f"slots and cu_seqlens must have shapes (B,) and (B + 1,), got {shapes}")
+        slots, bounds = (t.to("cpu", torch.int64).contiguous() for t in (self.slots, self.cu_seqlens))
+        numbers, limits = slots.tolist(), bounds.tolist()
+        slot_range = (min(numbers), max(numbers)) if numbers else None
+        return HostRows(slots, bounds, slot_range, (min(limits), max(limits)))

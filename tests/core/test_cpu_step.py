@@ -20,12 +20,14 @@ from torch import Tensor
 from mamba_core import MambaCache, MambaForCausalLM
 from mamba_core.cpu_step import CpuStep
 from mamba_core.ops import Packing
-from mamba_core.ops.native import callbacks, compiling, threads
+from mamba_core.ops.machine import compiling
+from mamba_core.ops.machine.compiling import compiled_callback
+from mamba_core.ops.native import callbacks, threads
 from mamba_core.ops.native.callbacks import head_callback
-from mamba_core.ops.native.compiling import compiled_callback
 from mamba_core.ops.native.step_kernels import HeadField
 from mamba_core.ops.native.threads import RecordField, Team, find_place, wait_for_all
 from mamba_core.ops.native.units import Kind, has_pairs, has_words
+from mamba_core.ops.numba_ops import conv, norm, scan
 from mamba_core.quantization import Int8Linear, quantize_int8
 
 MakeModel = Callable[..., MambaForCausalLM]
@@ -262,7 +264,7 @@ def test_the_number_of_threads_changes_nothing(
     torch.set_num_threads(1)
     expected = CpuStep().step(model.backbone, tokens, slots, cache)
     if not has_openmp:
-        monkeypatch.setattr(threads, "_find_openmp", lambda: None)
+        monkeypatch.setattr(threads, "find_openmp", lambda: None)
     torch.set_num_threads(num_threads)
     step = CpuStep()
     hidden = step.step(model.backbone, tokens, slots, again)
@@ -273,7 +275,7 @@ def test_the_number_of_threads_changes_nothing(
 
 
 def test_a_team_that_lost_threads_is_gathered_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_find_openmp", lambda: None)
+    monkeypatch.setattr(threads, "find_openmp", lambda: None)
     team = Team()
     hidden, weight, results = torch.randn(3, 32), torch.randn(50, 32), torch.zeros(3, 50)
     inputs = torch.zeros(3, 64)
@@ -339,10 +341,10 @@ def test_what_does_not_exist_is_refused(tiny_model: MakeModel) -> None:
 def test_without_a_place_to_keep_it_machine_code_is_made_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     make = numba.cfunc
 
-    def refuse(signature: object, cache: bool = False) -> object:
+    def refuse(signature: object, cache: bool = False, **options: object) -> object:
         if cache:
             raise RuntimeError("cannot cache function 'seven': no locator available")
-        return make(signature)
+        return make(signature, **options)
 
     monkeypatch.setattr(numba, "cfunc", refuse)
     callback = compiled_callback(numba.types.int64(numba.types.int64), lambda x: x + 7)
@@ -351,13 +353,18 @@ def test_without_a_place_to_keep_it_machine_code_is_made_each_time(monkeypatch: 
 
 def test_machine_code_of_other_sources_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = compiling.fingerprint()
-    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "compiling.py"))
-    assert compiling.fingerprint.__wrapped__() != before
-    (tmp_path / "compiling.py").write_text("changed")
-    assert compiling.fingerprint.__wrapped__() not in (0, before)
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "machine" / "compiling.py"))
+    numbers = {before, compiling.fingerprint.__wrapped__()}
+    for room in ("machine", "native", "numba_ops"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "kernels.py").write_text("changed")
+        numbers.add(compiling.fingerprint.__wrapped__())
+    assert len(numbers) == 5
     # numba looks at what a function refers to, so that each number has machine code of its own
     for function in (callbacks.step_callback, callbacks.head_callback):
         callback = function(Kind.of(torch.float32, torch.float32))
+        assert before in [cell.cell_contents for cell in callback._pyfunc.__closure__]
+    for callback in (conv._conv_tasks, norm._norm_tasks, scan._scan_tasks):
         assert before in [cell.cell_contents for cell in callback._pyfunc.__closure__]
 
 

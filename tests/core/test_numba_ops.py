@@ -34,7 +34,7 @@ def three_threads() -> Iterator[None]:
 def test_threads_share_the_work(monkeypatch: pytest.MonkeyPatch, has_openmp: bool) -> None:
     poison_memory(monkeypatch)
     if not has_openmp:
-        monkeypatch.setattr(team, "_parallel", lambda: None)
+        monkeypatch.setattr(team, "find_openmp", lambda: None)
     scan, conv = make_scan([33, 0, 70], 500, 16), make_conv([33, 0, 70], 500, 4)
     states = [scan.state.clone(), scan.state.clone(), conv.state.clone(), conv.state.clone()]
     assert error_ratio(scan.run(numba_ops, states[0]), scan.run(cpu, states[1])) < 1e-6

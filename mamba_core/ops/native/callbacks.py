@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import types
 
-from mamba_core.ops.native.compiling import compiled_callback, fingerprint
+from mamba_core.ops.machine.compiling import compiled_callback, fingerprint
 from mamba_core.ops.native.step_kernels import run_head, run_step
 from mamba_core.ops.native.units import Kind
 

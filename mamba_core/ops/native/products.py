@@ -13,9 +13,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mamba_core.ops.native.compiling import compiled
-from mamba_core.ops.native.vectors import (
-    BF16,
+from mamba_core.ops.machine.compiling import compiled
+from mamba_core.ops.machine.instructions import (
     F32,
     I8,
     I16,
@@ -24,16 +23,27 @@ from mamba_core.ops.native.vectors import (
     LANES,
     VF32,
     VI32,
-    bytes_of,
     call,
-    fused,
-    is_float32,
+    fma,
     lanes_below,
-    masked_load,
-    pointer,
     sums,
     widen,
 )
+from mamba_core.ops.machine.memory import bytes_of, is_float32, masked_load, pointer, prefetch_memory
+
+
+class BFloatType(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloatType)
+
+    def __hash__(self) -> int:
+        return hash(BFloatType)
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
 
 PAIRS = 2 * LANES
 
@@ -78,8 +88,8 @@ class _Multiplier:
         if self.sums_integers:
             return builder.add(total, call(builder, "llvm.x86.avx512.pmaddw.d.512", VI32, inputs, weights))
         if not self.is_paired:
-            return fused(builder, inputs, weights, total)
-        pairs = ir.VectorType(BF16, PAIRS)
+            return fma(builder, inputs, weights, total)
+        pairs = ir.VectorType(BFloatType(), PAIRS)
         a, b = builder.bitcast(inputs, pairs), builder.bitcast(weights, pairs)
         return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, total, a, b)
 
@@ -134,7 +144,7 @@ def _emit_tile(builder: ir.IRBuilder, kind: _Multiplier, tile: tuple[int, int], 
         for output in outputs:
             address = builder.add(output, w_offset)
             if count is None:
-                _prefetch(builder, builder.add(address, ahead))
+                prefetch_memory(builder, builder.add(address, ahead))
             loaded.append(kind.load_weights(builder, address, count))
         for row, address in enumerate(rows):
             x = kind.load_inputs(builder, builder.add(address, x_offset))
@@ -155,11 +165,6 @@ def _emit_tile(builder: ir.IRBuilder, kind: _Multiplier, tile: tuple[int, int], 
         part = builder.shuffle_vector(flat, flat, lanes)
         address = builder.add(results, builder.mul(result_stride, I64(row)))
         builder.store(part, pointer(builder, address, part.type), align=4)
-
-
-def _prefetch(builder: ir.IRBuilder, address: Any) -> None:
-    where = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), where, I32(0), I32(3), I32(1))
 
 
 @compiled

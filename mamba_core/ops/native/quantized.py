@@ -10,22 +10,13 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
-from mamba_core.ops.native.compiling import compiled
+from mamba_core.ops.machine.compiling import compiled
+from mamba_core.ops.machine.instructions import I64, LANES, VF32, VI16, call, lanes_below
+from mamba_core.ops.machine.lanes import lanes, larger, largest, magnitude, splat
+from mamba_core.ops.machine.memory import load, load_scalar, masked_store, pointer, store, store_scalar
 from mamba_core.ops.native.products import multiply
-from mamba_core.ops.native.vectors import (
-    broadcast,
-    larger,
-    largest,
-    load,
-    load_scalar,
-    magnitude,
-    store,
-    store_rounded,
-    store_scalar,
-)
-from mamba_core.ops.native.vectors import multiply as times
 
 # outputs that are scaled while they are in the nearest cache
 _BLOCK = 64
@@ -105,10 +96,29 @@ def _by_rounded_inputs(
             scale_results(scales, scale, results + row * result_stride, begin, stop)
 
 
+@intrinsic
+def store_rounded(typing: Any, address: Any, vector: Any, count: Any) -> Any:
+    """Write the first ``count`` of 16 values as the nearest int16."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, vector, count = arguments
+        nearest = call(builder, "llvm.rint.v16f32", VF32, vector)
+        # NaN becomes 0, and is known by the scale
+        whole = call(builder, "llvm.fptosi.sat.v16i16.v16f32", VI16, nearest)
+        with builder.if_else(builder.icmp_signed(">=", count, I64(LANES))) as (full, part):
+            with full:
+                builder.store(whole, pointer(builder, address, VI16), align=2)
+            with part:
+                masked_store(builder, whole, address, lanes_below(builder, count), 2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, lanes, types.int64), code
+
+
 @compiled
 def round_row(inputs: int, length: int, room: int) -> None:
     """fp32 values as int16, 64 bytes behind their scale."""
-    top = broadcast(np.float32(0))
+    top = splat(np.float32(0))
     for i in range(0, length, 16):
         top = larger(magnitude(load(np.float32(0), inputs + 4 * i, length - i)), top)
     peak = largest(top)
@@ -117,7 +127,7 @@ def round_row(inputs: int, length: int, room: int) -> None:
     store_scalar(np.float32(0), room, np.float32(peak / limit))
     gain = np.float32(limit / peak) if peak > np.float32(1e-30) else np.float32(0)
     for i in range(0, length, 16):
-        value = times(load(np.float32(0), inputs + 4 * i, length - i), broadcast(gain))
+        value = load(np.float32(0), inputs + 4 * i, length - i) * splat(gain)
         store_rounded(room + 64 + 2 * i, value, length - i)
 
 
@@ -125,6 +135,6 @@ def round_row(inputs: int, length: int, room: int) -> None:
 def scale_results(scales: int, scale: float, results: int, first: int, end: int) -> None:
     """Multiply results by the scale of their output and by that of their row."""
     for o in range(first, end, 16):
-        factor = times(load(np.float32(0), scales + 4 * o, end - o), broadcast(np.float32(scale)))
-        value = times(load(np.float32(0), results + 4 * o, end - o), factor)
+        factor = load(np.float32(0), scales + 4 * o, end - o) * splat(np.float32(scale))
+        value = load(np.float32(0), results + 4 * o, end - o) * factor
         store(np.float32(0), results + 4 * o, value, end - o)

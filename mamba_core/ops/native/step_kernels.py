@@ -13,29 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from mamba_core.ops.native.compiling import compiled
+from mamba_core.ops.machine.compiling import compiled
+from mamba_core.ops.machine.lanes import exp2, fma, silu, softplus, splat, total
+from mamba_core.ops.machine.memory import bytes_of, load, load_scalar, store, store_scalar, word
+from mamba_core.ops.native.columns import advance_16, load_columns, store_columns
 from mamba_core.ops.native.products import multiply
 from mamba_core.ops.native.quantized import product
 from mamba_core.ops.native.threads import find_place, wait_for_all
-from mamba_core.ops.native.vectors import (
-    add,
-    advance_16,
-    broadcast,
-    bytes_of,
-    exp_2,
-    load,
-    load_columns,
-    load_scalar,
-    multiply_add,
-    silu,
-    softplus,
-    store,
-    store_columns,
-    store_scalar,
-    total,
-    word,
-)
-from mamba_core.ops.native.vectors import multiply as times
 
 
 class Field(IntEnum):
@@ -147,7 +131,7 @@ def take_embeddings(unit: Any, plan: int, tokens: int, first: int, end: int) -> 
         for i in range(0, hidden, 16):
             left = hidden - i
             store(np.float32(0), target + 4 * i, load(unit, source + i * bytes_of(unit), left), left)
-            store(np.float32(0), output + 4 * i, broadcast(np.float32(0)), left)
+            store(np.float32(0), output + 4 * i, splat(np.float32(0)), left)
 
 
 @compiled
@@ -162,19 +146,19 @@ def normalize(
         word(plan, Field.OUTPUT) + offset,
         results + row * stride,
     )
-    squares = broadcast(np.float32(0))
+    squares = splat(np.float32(0))
     for i in range(0, hidden, 16):
         left = hidden - i
-        value = add(load(np.float32(0), residual + 4 * i, left), load(np.float32(0), output + 4 * i, left))
+        value = load(np.float32(0), residual + 4 * i, left) + load(np.float32(0), output + 4 * i, left)
         if bias != 0:
-            value = add(value, load(unit, bias + i * bytes_of(unit), left))
+            value = value + load(unit, bias + i * bytes_of(unit), left)
         store(np.float32(0), residual + 4 * i, value, left)
-        squares = multiply_add(value, value, squares)
-    scale = broadcast(np.float32(1 / math.sqrt(total(squares) / np.float32(hidden) + eps)))
+        squares = fma(value, value, squares)
+    scale = splat(np.float32(1 / math.sqrt(total(squares) / np.float32(hidden) + eps)))
     for i in range(0, hidden, 16):
         left = hidden - i
-        value = times(load(np.float32(0), residual + 4 * i, left), scale)
-        value = times(value, load(unit, gain + i * bytes_of(unit), left))
+        value = load(np.float32(0), residual + 4 * i, left) * scale
+        value = value * load(unit, gain + i * bytes_of(unit), left)
         store(result_unit, result + i * bytes_of(result_unit), value, left)
 
 
@@ -193,7 +177,7 @@ def convolve(
             x = word(plan, Field.XZ) + row * word(plan, Field.XZ_STRIDE) + 4 * d
             past = state + (word(slots, row) * channels + d) * (taps - 1) * size
             if in_bias != 0:
-                store(np.float32(0), x, add(load(np.float32(0), x, left), load(unit, in_bias + d * size, left)), left)
+                store(np.float32(0), x, load(np.float32(0), x, left) + load(unit, in_bias + d * size, left), left)
             if taps == 4 and left >= 16:
                 value = weigh_4(unit, x, past, weights)
             else:
@@ -201,7 +185,7 @@ def convolve(
                     weigh_one(unit, x + 4 * i, past + i * (taps - 1) * size, weights + i * taps * size, taps)
                 value = load(np.float32(0), x, left)
             if bias != 0:
-                value = add(value, load(unit, bias + d * size, left))
+                value = value + load(unit, bias + d * size, left)
             value = silu(value)
             store(np.float32(0), x, value, left)
             chosen = word(plan, Field.CHOSEN) + row * word(plan, Field.CHOSEN_STRIDE)
@@ -215,7 +199,7 @@ def weigh_4(unit: Any, x: int, past: int, weights: int) -> Any:
     x0, x1, x2 = load_columns(unit, past, 3)
     x3 = load(np.float32(0), x, 16)
     store_columns(unit, past, (x1, x2, x3))
-    return multiply_add(x3, w3, multiply_add(x2, w2, multiply_add(x1, w1, times(x0, w0))))
+    return fma(x3, w3, fma(x2, w2, fma(x1, w1, x0 * w0)))
 
 
 @compiled
@@ -249,13 +233,13 @@ def take_ranks(input_unit: Any, plan: int, num_rows: int, thread: int) -> int:
 @compiled
 def normalize_part(values: int, length: int, eps: float) -> None:
     """The norm without a weight of fp32 values, in place."""
-    squares = broadcast(np.float32(0))
+    squares = splat(np.float32(0))
     for i in range(0, length, 16):
         value = load(np.float32(0), values + 4 * i, length - i)
-        squares = multiply_add(value, value, squares)
-    scale = broadcast(np.float32(1 / math.sqrt(total(squares) / np.float32(length) + eps)))
+        squares = fma(value, value, squares)
+    scale = splat(np.float32(1 / math.sqrt(total(squares) / np.float32(length) + eps)))
     for i in range(0, length, 16):
-        value = times(load(np.float32(0), values + 4 * i, length - i), scale)
+        value = load(np.float32(0), values + 4 * i, length - i) * scale
         store(np.float32(0), values + 4 * i, value, length - i)
 
 
@@ -270,23 +254,23 @@ def find_rates(unit: Any, plan: int, layer: int, num_rows: int, first: int, end:
             left = end - d
             dt = load(np.float32(0), rates + 4 * d, left)
             if bias != 0:
-                dt = add(dt, load(unit, bias + d * size, left))
+                dt = dt + load(unit, bias + d * size, left)
             rate = softplus(dt)
             store(np.float32(0), rates + 4 * d, rate, left)
-            store(np.float32(0), gains + 4 * d, times(rate, load(np.float32(0), x + 4 * d, left)), left)
+            store(np.float32(0), gains + 4 * d, rate * load(np.float32(0), x + 4 * d, left), left)
 
 
 @compiled
 def advance_channel(state: int, decay: int, states: int, rate: float, gain: float, b: int, c: int) -> float:
     """One step of one channel's states in place; returns the sum of C * h."""
-    result = broadcast(np.float32(0))
+    result = splat(np.float32(0))
     for n in range(0, states, 16):
         left = states - n
-        e = exp_2(times(broadcast(rate), load(np.float32(0), decay + 4 * n, left)))
-        added = times(broadcast(gain), load(np.float32(0), b + 4 * n, left))
-        h = multiply_add(e, load(np.float32(0), state + 4 * n, left), added)
+        e = exp2(splat(rate) * load(np.float32(0), decay + 4 * n, left))
+        added = splat(gain) * load(np.float32(0), b + 4 * n, left)
+        h = fma(e, load(np.float32(0), state + 4 * n, left), added)
         store(np.float32(0), state + 4 * n, h, left)
-        result = multiply_add(h, load(np.float32(0), c + 4 * n, left), result)
+        result = fma(h, load(np.float32(0), c + 4 * n, left), result)
     return total(result)
 
 
@@ -322,11 +306,11 @@ def advance(
                             np.float32(0), rates + at, advance_channel(h + offset, a + offset, states, rate, gain, b, c)
                         )
                     y = load(np.float32(0), rates + 4 * d, left)
-                y = multiply_add(load(np.float32(0), skip + 4 * d, left), load(np.float32(0), x + 4 * d, left), y)
+                y = fma(load(np.float32(0), skip + 4 * d, left), load(np.float32(0), x + 4 * d, left), y)
                 z = load(np.float32(0), x + 4 * (channels + d), left)
                 if in_bias != 0:
-                    z = add(z, load(unit, in_bias + (channels + d) * size, left))
-                store(input_unit, chosen + d * bytes_of(input_unit), times(y, silu(z)), left)
+                    z = z + load(unit, in_bias + (channels + d) * size, left)
+                store(input_unit, chosen + d * bytes_of(input_unit), y * silu(z), left)
 
 
 @compiled

@@ -8,7 +8,6 @@ import platform
 import sys
 import threading
 import weakref
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -19,8 +18,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mamba_core.ops.native.compiling import compiled
-from mamba_core.ops.native.vectors import I64, call, pointer, word
+from mamba_core.ops.machine.compiling import compiled
+from mamba_core.ops.machine.instructions import I64, call
+from mamba_core.ops.machine.memory import fetch_add, pointer, word
+from mamba_core.ops.machine.openmp import find_openmp
 
 # looks at the counter before a waiting thread leaves its core to others
 _NUM_SPINS = 2048
@@ -79,16 +80,6 @@ def _give_way(typing: Any) -> Any:
 
 
 @intrinsic
-def _add(typing: Any, address: Any, value: Any) -> Any:
-    """Add to an int64 at an address; returns what it was before."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", pointer(builder, arguments[0], I64), arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), code
-
-
-@intrinsic
 def _futex(typing: Any, syscall: Any, address: Any, operation: Any, value: Any) -> Any:
     """Linux's futex(2) on the lower half of an int64; ``syscall`` is the address of the C function."""
 
@@ -114,10 +105,10 @@ def wait_for_all(record: int, num_threads: int) -> None:
         return
     counter, sleepers = record + 8 * RecordField.ARRIVALS, record + 8 * RecordField.SLEEPERS
     syscall = word(record, RecordField.SYSCALL)
-    before = _add(counter, 1)
+    before = fetch_add(counter, 1)
     target = (before // num_threads + 1) * num_threads
     if before + 1 == target:
-        if syscall != 0 and _add(sleepers, 0) > 0:
+        if syscall != 0 and fetch_add(sleepers, 0) > 0:
             _futex(syscall, counter, _WAKE, num_threads)
         return
     spins = 0
@@ -128,12 +119,12 @@ def wait_for_all(record: int, num_threads: int) -> None:
         elif syscall == 0:
             _give_way()
         else:
-            _add(sleepers, 1)
+            fetch_add(sleepers, 1)
             seen = _look(counter)
             if seen < target:
                 # returns at once if somebody has come in between
                 _futex(syscall, counter, _WAIT, seen)
-            _add(sleepers, -1)
+            fetch_add(sleepers, -1)
 
 
 @intrinsic
@@ -152,7 +143,7 @@ def find_place(record: int) -> tuple[int, int]:
     """The number of this thread and how many there are, in a function that ``Team.run`` runs."""
     if word(record, RecordField.COUNT_THREADS) != 0:
         return _ask(word(record, RecordField.NUMBER_THREAD)), _ask(word(record, RecordField.COUNT_THREADS))
-    return _add(record + 8 * RecordField.TICKETS, 1), word(record, RecordField.NUM_THREADS)
+    return fetch_add(record + 8 * RecordField.TICKETS, 1), word(record, RecordField.NUM_THREADS)
 
 
 class Team:
@@ -162,7 +153,7 @@ class Team:
     """
 
     def __init__(self) -> None:
-        self._openmp, self._syscall = _find_openmp(), _find_syscall()
+        self._openmp, self._syscall = find_openmp(), _find_syscall()
         self._helpers: list[_Helper] = []
         self._process = os.getpid()
         weakref.finalize(self, _dismiss, self._helpers)
@@ -176,7 +167,7 @@ class Team:
         if self._openmp is not None:
             record[RecordField.NUMBER_THREAD] = self._openmp.number_thread
             record[RecordField.COUNT_THREADS] = self._openmp.count_threads
-            self._openmp.parallel(function.address, address, num_threads, 0)
+            self._openmp.run(function.address, address, num_threads)
             return
         self._gather(num_threads - 1)
         for helper in self._helpers:
@@ -191,27 +182,6 @@ class Team:
             _dismiss(self._helpers)
             self._helpers[:] = [_Helper() for _ in range(num_helpers)]
             self._process = os.getpid()
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenMP:
-    """GCC's entry point of a parallel region, and the addresses of two functions of OpenMP."""
-
-    parallel: Any
-    number_thread: int
-    count_threads: int
-
-
-def _find_openmp() -> _OpenMP | None:
-    try:
-        process = ctypes.CDLL(None)
-        parallel, number, count = process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads
-    except (AttributeError, OSError, TypeError):
-        return None
-    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (number, count)]
-    return _OpenMP(parallel, *addresses)
 
 
 def _find_syscall() -> int:

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray, njit, types
 from torch import Tensor
 
-from mamba_core.ops.numba_ops.lanes import (
-    WIDTH,
-    fetch_add,
-    fma,
-    load,
-    load_int32,
-    load_int64,
-    load_lanes,
-    prefetch,
-    silu,
-    store,
-    store_lanes,
-)
-from mamba_core.ops.numba_ops.team import (
-    callback,
-    expect,
-    flat,
-    matrix,
-    matrix_names,
-    plain,
-    record_of,
-    rows,
-    run,
-)
+from mamba_core.ops.machine.compiling import compiled_callback, fingerprint
+from mamba_core.ops.machine.lanes import fma, silu
+from mamba_core.ops.machine.memory import fetch_add, prefetch, word
+from mamba_core.ops.numba_ops.sized import WIDTH, load, load_lanes, store, store_lanes
+from mamba_core.ops.numba_ops.team import expect, flat, matrix, matrix_names, plain, record_of, rows_of, run
 from mamba_core.ops.numba_ops.tiles import aligned, channels_per_task, turn_in, turn_out
 from mamba_core.ops.packing import Packing
 
@@ -90,14 +72,14 @@ def _weigh_four(a: Any, low: int, high: int, begin: int, channel: int, count: in
 @njit(error_model="numpy")
 def _conv_block(a: Any, row: int, channel: int) -> None:
     """All tokens of one sequence for ``a.block`` channels, from ``channel`` on."""
-    begin, end = load_int32(a.bounds + 4 * row), load_int32(a.bounds + 4 * row + 4)
+    begin, end = word(a.bounds, row), word(a.bounds, row + 1)
     if end <= begin:
         return
     num_channels, before = min(a.block, a.num_channels - channel), a.width - 1
     scratch = np.empty(a.block * 2 * a.width + WIDTH, np.float32)
     taps = aligned(scratch)
     history = taps + 4 * a.block * a.width
-    own_state = a.state + a.state_size * (load_int64(a.slots + 8 * row) * a.num_channels + channel) * before
+    own_state = a.state + a.state_size * (word(a.slots, row) * a.num_channels + channel) * before
     turn_in(a.weight + 4 * channel * a.width, 4, taps, num_channels, a.width, np.float32(1.0))
     turn_in(own_state, a.state_size, history, num_channels, before, np.float32(1.0))
     for low in range(begin, end, _TILE):
@@ -128,37 +110,41 @@ def _keep_tail(a: Any, channel: int, num_channels: int, begin: int, end: int, hi
             store_lanes(own + 64 * k, value)
 
 
-@callback(_ARGUMENTS)
-def _conv_tasks(pointer: Any) -> None:
-    """Take tasks until none is left."""
-    arguments = carray(pointer, 1)
-    a, counter = arguments[0], arguments.ctypes.data
-    task = fetch_add(counter, 1)
-    while task < a.num_tasks:
-        _conv_block(a, task // a.num_blocks, task % a.num_blocks * a.block)
+def _compile_tasks() -> Any:
+    """A C function that takes tasks until none is left."""
+    source = fingerprint()
+
+    def conv_tasks(pointer: Any) -> int:
+        arguments = carray(pointer, 1)
+        a, counter = arguments[0], arguments.ctypes.data
         task = fetch_add(counter, 1)
+        while task < a.num_tasks:
+            _conv_block(a, task // a.num_blocks, task % a.num_blocks * a.block)
+            task = fetch_add(counter, 1)
+        return source
+
+    return compiled_callback(types.int64(_ARGUMENTS), conv_tasks)
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
-    """See ``mamba_core.ops.causal_conv1d``."""
-    return _conv(x, weight, bias, state, packing.slots, packing.cu_seqlens)
+_conv_tasks = _compile_tasks()
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
     """See ``mamba_core.ops.causal_conv1d_step``."""
-    return _conv(x, weight, bias, state, slots, torch.arange(len(slots) + 1, dtype=torch.int32))
+    return causal_conv1d(x, weight, bias, state, Packing.step(slots))
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor, bounds: Tensor) -> Tensor:
-    num_rows, (num_channels, width) = len(slots), weight.shape
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
+    """See ``mamba_core.ops.causal_conv1d``."""
+    num_rows, (num_channels, width) = packing.num_rows, weight.shape
     expect(x=(x, (len(x), num_channels)), state=(state, (len(state), num_channels, width - 1)))
     if bias is not None:
         expect(bias=(bias, (num_channels,)))
-    slots, bounds = rows(slots, bounds, state, x)
+    rows = rows_of(packing, state, x)
     if state.dtype not in (torch.float32, torch.bfloat16) or not state.is_contiguous():
-        own = state[slots].float().contiguous()
-        y = _conv(x, weight, bias, own, torch.arange(len(slots)), bounds)
-        state[slots] = own.to(state.dtype)
+        own = state[rows.slots].float().contiguous()
+        y = causal_conv1d(x, weight, bias, own, replace(packing, slots=torch.arange(num_rows)))
+        state[rows.slots] = own.to(state.dtype)
         return y
     y = torch.empty(x.shape, dtype=x.dtype)
     parts = [plain(x), plain(y)]
@@ -171,7 +157,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: 
             *(num_blocks, block, num_channels, width),
             *(number for part in parts for number in matrix(part)),
             *(t.data_ptr() for t in (*vectors, state)),
-            *(state.itemsize, slots.data_ptr(), bounds.data_ptr()),
+            *(state.itemsize, rows.slots.data_ptr(), rows.bounds.data_ptr()),
         ),
         num_rows * num_blocks,
     )

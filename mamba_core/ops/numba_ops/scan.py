@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray, njit, types
 from torch import Tensor
 
-from mamba_core.ops.numba_ops.lanes import (
-    WIDTH,
-    exp2,
-    fetch_add,
-    fma,
-    load,
-    load_float,
-    load_int32,
-    load_int64,
-    load_lanes,
-    prefetch,
-    silu,
-    softplus,
-    splat,
-    store,
-    store_lanes,
-)
-from mamba_core.ops.numba_ops.team import (
-    callback,
-    expect,
-    flat,
-    matrix,
-    matrix_names,
-    plain,
-    record_of,
-    rows,
-    run,
-)
+from mamba_core.ops.machine.compiling import compiled_callback, fingerprint
+from mamba_core.ops.machine.lanes import exp2, fma, silu, softplus, splat
+from mamba_core.ops.machine.memory import fetch_add, prefetch, word
+from mamba_core.ops.numba_ops.sized import WIDTH, load, load_float, load_lanes, store, store_lanes
+from mamba_core.ops.numba_ops.team import expect, flat, matrix, matrix_names, plain, record_of, rows_of, run
 from mamba_core.ops.numba_ops.tiles import aligned, channels_per_task, turn_in, turn_out
 from mamba_core.ops.packing import Packing
 
@@ -56,7 +34,7 @@ _ARGUMENTS = record_of(
 @njit(error_model="numpy")
 def _scan_block(a: Any, row: int, channel: int) -> None:
     """All tokens of one sequence for ``a.block`` channels, from ``channel`` on."""
-    begin, end = load_int32(a.bounds + 4 * row), load_int32(a.bounds + 4 * row + 4)
+    begin, end = word(a.bounds, row), word(a.bounds, row + 1)
     if end <= begin:
         return
     num_states, num_channels = a.num_states, min(a.block, a.num_channels - channel)
@@ -65,7 +43,7 @@ def _scan_block(a: Any, row: int, channel: int) -> None:
     scratch = np.empty(2 * turned + 2 * padded + WIDTH, np.float32)
     rates = aligned(scratch)
     states, b, c = rates + 4 * turned, rates + 8 * turned, rates + 8 * turned + 4 * padded
-    own_state = a.state + 4 * (load_int64(a.slots + 8 * row) * a.num_channels + channel) * num_states
+    own_state = a.state + 4 * (word(a.slots, row) * a.num_channels + channel) * num_states
     turn_in(a.A + 4 * channel * num_states, 4, rates, num_channels, num_states, _LOG2_E)
     turn_in(own_state, 4, states, num_channels, num_states, np.float32(1.0))
     for token in range(begin, end):
@@ -96,31 +74,23 @@ def _scan_block(a: Any, row: int, channel: int) -> None:
     turn_out(states, own_state, 4, num_channels, num_states)
 
 
-@callback(_ARGUMENTS)
-def _scan_tasks(pointer: Any) -> None:
-    """Take tasks until none is left."""
-    arguments = carray(pointer, 1)
-    a, counter = arguments[0], arguments.ctypes.data
-    task = fetch_add(counter, 1)
-    while task < a.num_tasks:
-        _scan_block(a, task // a.num_blocks, task % a.num_blocks * a.block)
+def _compile_tasks() -> Any:
+    """A C function that takes tasks until none is left."""
+    source = fingerprint()
+
+    def scan_tasks(pointer: Any) -> int:
+        arguments = carray(pointer, 1)
+        a, counter = arguments[0], arguments.ctypes.data
         task = fetch_add(counter, 1)
+        while task < a.num_tasks:
+            _scan_block(a, task // a.num_blocks, task % a.num_blocks * a.block)
+            task = fetch_add(counter, 1)
+        return source
+
+    return compiled_callback(types.int64(_ARGUMENTS), scan_tasks)
 
 
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    packing: Packing,
-) -> Tensor:
-    """See ``mamba_core.ops.selective_scan``."""
-    return _scan(x, dt, A, B, C, D, z, dt_bias, state, packing.slots, packing.cu_seqlens)
+_scan_tasks = _compile_tasks()
 
 
 def selective_scan_step(
@@ -136,11 +106,10 @@ def selective_scan_step(
     slots: Tensor,
 ) -> Tensor:
     """See ``mamba_core.ops.selective_scan_step``."""
-    bounds = torch.arange(len(slots) + 1, dtype=torch.int32)
-    return _scan(x, dt, A, B, C, D, z, dt_bias, state, slots, bounds)
+    return selective_scan(x, dt, A, B, C, D, z, dt_bias, state, Packing.step(slots))
 
 
-def _scan(
+def selective_scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -150,17 +119,21 @@ def _scan(
     z: Tensor,
     dt_bias: Tensor,
     state: Tensor,
-    slots: Tensor,
-    bounds: Tensor,
+    packing: Packing,
 ) -> Tensor:
+    """See ``mamba_core.ops.selective_scan``."""
     per_channel, per_token, per_state = A.shape[:1], x.shape, (len(x), A.shape[1])
     expect(x=(x, (len(x), *per_channel)), dt=(dt, per_token), z=(z, per_token), B=(B, per_state), C=(C, per_state))
     expect(D=(D, per_channel), dt_bias=(dt_bias, per_channel), state=(state, (len(state), *A.shape)))
-    slots, bounds = rows(slots, bounds, state, x)
+    rows = rows_of(packing, state, x)
     if state.dtype != torch.float32 or not state.is_contiguous():
-        return _scan_of_copies(x, dt, A, B, C, D, z, dt_bias, state, slots, bounds)
-    num_channels, num_states = A.shape
-    num_rows = len(slots)
+        # the calls' own states are taken out and put back
+        own = state[rows.slots].float().contiguous()
+        packing = replace(packing, slots=torch.arange(packing.num_rows))
+        y = selective_scan(x, dt, A, B, C, D, z, dt_bias, own, packing)
+        state[rows.slots] = own.to(state.dtype)
+        return y
+    num_rows, (num_channels, num_states) = packing.num_rows, A.shape
     y = torch.empty(x.shape, dtype=x.dtype)
     parts = [plain(t) for t in (x, dt, z, B, C, y)]
     vectors = [flat(t) for t in (A, D, dt_bias)]
@@ -171,17 +144,8 @@ def _scan(
         (
             *(num_blocks, block, num_channels, num_states),
             *(number for part in parts for number in matrix(part)),
-            *(t.data_ptr() for t in (*vectors, state, slots, bounds)),
+            *(t.data_ptr() for t in (*vectors, state, rows.slots, rows.bounds)),
         ),
         num_rows * num_blocks,
     )
-    return y
-
-
-def _scan_of_copies(*inputs: Tensor) -> Tensor:
-    """``_scan`` where the states are not fp32 numbers side by side: the calls' own are taken out and put back."""
-    *others, state, slots, bounds = inputs
-    own = state[slots].float().contiguous()
-    y = _scan(*others, own, torch.arange(len(slots)), bounds)
-    state[slots] = own.to(state.dtype)
     return y

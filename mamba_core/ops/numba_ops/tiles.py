@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from mamba_core.ops.numba_ops.lanes import WIDTH, load_number, store_float, store_number
+from mamba_core.ops.numba_ops.sized import WIDTH, load_number, store_float, store_number
 
 _LINE = 64
 # channels of a task: a line of bf16 and more, few enough for a task's states to stay in the first cache
