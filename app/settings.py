@@ -149,6 +149,8 @@ class Settings(BaseSettings):
     allowed_methods: Names = _setting(("*",), "Server", "methods that such pages may use")
     allowed_headers: Names = _setting(("*",), "Server", "headers that such pages may send")
     allow_credentials: bool = _setting(False, "Server", "such pages may send cookies and the like")
+    disable_docs: bool = _setting(False, "Server", "no /docs and no /openapi.json")
+    open_docs: bool = _setting(False, "Server", "/docs and /openapi.json need no key")
     disable_metrics: bool = _setting(False, "Server", "no /metrics")
     protect_metrics: bool = _setting(False, "Server", "/metrics needs a key as well")
 

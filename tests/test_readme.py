@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from app.api.routes import completions, models, operations
+from app.api.routes import completions, models, operations, tokens
 from app.cli import build_parser
 from app.settings import Settings
 from scripts.settings_table import BEGIN, END, README, render, replace_table
@@ -54,7 +54,7 @@ def test_flags_named_in_prose_exist(path: Path) -> None:
 
 def test_the_table_of_routes_is_complete() -> None:
     app = FastAPI(docs_url=None, redoc_url=None)
-    for router in (completions.router, models.router, operations.router):
+    for router in (completions.router, models.router, tokens.router, operations.router):
         app.include_router(router)
     served = {
         f"{method.upper()} {re.sub(r'{.*}', '{id}', path)}"
@@ -64,7 +64,7 @@ def test_the_table_of_routes_is_complete() -> None:
     assert len(served) > 5
     table = README.read_text(encoding="utf-8").split("## The API")[1].split("\n## ")[0]
     named = set(re.findall(r"`((?:GET|POST|DELETE) /[^`]*)`", table))
-    assert named == served | {"GET /openapi.json"}
+    assert named == served | {"GET /docs", "GET /openapi.json"}
 
 
 def test_links_lead_somewhere() -> None:

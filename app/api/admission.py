@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from app.serving.errors import InvalidRequest, Overloaded
 
 
@@ -22,6 +25,33 @@ class Ticket:
         self.count_tokens(0)
         self._admission.num_rows -= self._num_rows
         self._num_rows = 0
+
+
+class ByteBudget:
+    """How many bytes of bodies are worked on at once beside the engine, so that they leave cores for everything else.
+
+    One that is larger than all of it is let in while no other is there.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.num_bytes = 0
+
+    def check(self) -> None:
+        """Refuse even before the body is read when nothing more has a place. Raises Overloaded."""
+        if self.num_bytes >= self._max_bytes:
+            raise _overloaded()
+
+    @contextmanager
+    def hold(self, num_bytes: int) -> Generator[None, None, None]:
+        """A block for one body. Raises Overloaded instead of entering it."""
+        if self.num_bytes and self.num_bytes + num_bytes > self._max_bytes:
+            raise _overloaded()
+        self.num_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self.num_bytes -= num_bytes
 
 
 class Admission:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -11,9 +13,9 @@ from app import __version__
 from app.api.context import ServerContext
 from app.api.cors import EXPOSED_HEADERS, Cors
 from app.api.errors import HttpError, as_request_error, error_response
-from app.api.middleware import PROBE_PATHS, ApiKeys, CleanErrors, LingeringClose, RequestContext, RootPath
-from app.api.openapi import describe_bodies
-from app.api.routes import completions, models, operations
+from app.api.middleware import PROBE_PATHS, ApiKeys, CleanErrors, HeadAsGet, LingeringClose, RequestContext, RootPath
+from app.api.openapi import describe
+from app.api.routes import completions, docs, models, operations, tokens
 from app.api.shortcut import ShortcutApp
 from app.serving.errors import RequestError
 from app.settings import Settings
@@ -31,6 +33,7 @@ def create_app(context: ServerContext) -> FastAPI:
         title="mamba-serve",
         version=__version__,
         description=_DESCRIPTION,
+        openapi_url=None if context.settings.disable_docs else docs.OPENAPI_PATH,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -38,18 +41,23 @@ def create_app(context: ServerContext) -> FastAPI:
         exception_handlers={RequestError: _on_request_error, HTTPException: _on_http_exception},
     )
     app.state.context = context
-    for router in (completions.router, models.router, operations.router):
+    for router in (completions.router, models.router, tokens.router, operations.router):
         app.include_router(router)
+    if not context.settings.disable_docs:
+        app.include_router(docs.router)
     short = [route for route in completions.router.routes if isinstance(route, APIRoute)]
     app.shortcuts = {prefix + route.path: route for route in short for prefix in ("", context.settings.root_path)}
-    describe_bodies(app)
+    describe(app)
     return app
 
 
 def _middleware(context: ServerContext) -> list[Middleware]:
     settings = context.settings
     on_answer, has_access_log = context.metrics.on_answer, not settings.disable_access_log
-    layers = [Middleware(RequestContext, on_answer=on_answer, has_access_log=has_access_log)]
+    layers = [
+        Middleware(HeadAsGet),
+        Middleware(RequestContext, on_answer=on_answer, has_access_log=has_access_log),
+    ]
     if settings.root_path:
         layers.insert(0, Middleware(RootPath, root_path=settings.root_path))
     if settings.allowed_origins:
@@ -57,6 +65,7 @@ def _middleware(context: ServerContext) -> list[Middleware]:
     layers += [Middleware(CleanErrors), Middleware(LingeringClose)]
     if context.keys:
         open_paths = OPEN_PATHS if settings.protect_metrics else OPEN_PATHS | {METRICS_PATH}
+        open_paths |= docs.DOCS_PATHS if settings.open_docs else frozenset()
         layers.append(Middleware(ApiKeys, ring=context.keys, open_paths=open_paths, root_path=settings.root_path))
     return layers
 
@@ -84,4 +93,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         message = f"this route does not take {request.method[:10]}"
     else:
         message = error.detail
-    return error_response(HttpError(error.status_code, message, headers=error.headers))
+    return error_response(HttpError(error.status_code, message, headers=error.headers and _with_head(error.headers)))
+
+
+def _with_head(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: f"{value}, HEAD" if (name, value) == ("Allow", "GET") else value for name, value in headers.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from app.api.admission import Admission
+from app.api.admission import Admission, ByteBudget
 from app.api.keys import KeyRing
 from app.api.open_requests import OpenRequests
 from app.engine.interface import EngineClient, EngineStatus
@@ -15,6 +15,7 @@ from app.serving.errors import Unavailable
 from app.serving.limits import ServingLimits
 from app.serving.models import ModelCatalog
 from app.serving.tokenizer import Tokenizer
+from app.serving.tokens import TokenService
 from app.settings import Settings
 
 _RETRY_LOADING = 5.0
@@ -30,20 +31,23 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class ServerContext:
-    """``service`` is None, and ``phase`` LOADING, until the model is ready."""
+    """``service`` and ``tokens`` are None, and ``phase`` LOADING, until the model is ready."""
 
     settings: Settings
     engine: EngineClient
     metrics: ServerMetrics
     service: CompletionService | None = None
+    tokens: TokenService | None = None
     phase: Phase = Phase.LOADING
     open_requests: OpenRequests = field(default_factory=OpenRequests)
     admission: Admission = field(init=False)
+    token_work: ByteBudget = field(init=False)
     catalog: ModelCatalog = field(init=False)
     keys: KeyRing = field(init=False)
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings.max_queue, self.settings.max_queue_tokens)
+        self.token_work = ByteBudget(self.settings.max_body_size)
         self.keys = KeyRing(self.settings.read_api_keys())
         self.catalog = ModelCatalog(self.engine, self.settings.model_names, self.limits)
 
@@ -74,6 +78,7 @@ class ServerContext:
         """The model is ready: take requests from now on."""
         names = self.settings.model_names
         self.service = CompletionService(self.engine, tokenizer, names, self.limits, self.metrics)
+        self.tokens = TokenService(tokenizer, self.limits, self.service.find_target)
         self.phase = Phase.SERVING
 
     def require_service(self) -> CompletionService:
@@ -83,6 +88,12 @@ class ServerContext:
             raise obstacle
         assert self.service is not None
         return self.service
+
+    def require_tokens(self) -> TokenService:
+        """The service for text alone, if a request is admitted now. Raises Unavailable."""
+        self.require_service()
+        assert self.tokens is not None
+        return self.tokens
 
     def check_queue(self) -> None:
         """Raises Overloaded when there is no place for one more sequence."""

@@ -102,6 +102,17 @@ class CleanErrors:
             await error_response(as_request_error(error))(scope, receive, send)
 
 
+class HeadAsGet:
+    """Lets every route that answers GET answer HEAD as well; the server below leaves out the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # the server looks into its own scope for what was asked
+        await self._app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, send)
+
+
 class RootPath:
     """Serves under a prefix, whether the proxy in front cuts it off or not."""
 

@@ -1,7 +1,8 @@
-"""What /openapi.json says of bodies that routes read by themselves."""
+"""What /openapi.json says beside what FastAPI reads off the routes: bodies, errors, headers, keys."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,39 +12,114 @@ from pydantic.json_schema import models_json_schema
 
 from app.schemas.completions import CompletionRequest
 from app.schemas.errors import ErrorBody
+from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
+# bodies that routes read by themselves
+_BODIES: tuple[type[BaseModel], ...] = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
 _REFERENCE = "#/components/schemas/{model}"
 _STATUSES = {
     400: "The request is wrong; the message names the field",
     401: "No valid API key",
-    404: "No such model",
-    408: "The body took too long to arrive",
+    404: "No such model, or nothing of that name",
+    408: "The body took too long to arrive, or the request longer than its limit",
     413: "The body is too large",
     415: "The body is not JSON, or compressed",
-    429: "The server is full; try again after `Retry-After` seconds",
+    429: "The server is full, or a limit of the key is reached; try again after `Retry-After` seconds",
     500: "The server failed; the next request works",
     503: "Loading, draining or without an engine; try again after `Retry-After` seconds",
 }
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text} for status, text in _STATUSES.items()
+_OPEN_PATHS = ("/livez", "/readyz", "/health")
+_KEY_SCHEME = {"type": "http", "scheme": "bearer", "description": "needed where the operator has set API keys"}
+_ANSWERED_ID = {
+    "description": "id of the request, as the server's log has it; the client's own, if it sent one",
+    "schema": {"type": "string"},
 }
+_RETRY_AFTER = {"description": "seconds after which trying again makes sense", "schema": {"type": "integer"}}
+_REQUEST_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "required": False,
+    "description": "a name for this request in the server's log; up to 128 characters of it are kept",
+    "schema": {"type": "string"},
+}
+_REQUEST_TIMEOUT = {
+    "name": "X-Request-Timeout",
+    "in": "header",
+    "required": False,
+    "description": "seconds after which the request is given up with 408, or with an error event in a stream that has "
+    "begun; the operator's limit holds where it is lower",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
+_EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "with `stream`: events up to `[DONE]`"}}}
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """A route's ``responses``: what it answers beside its result; 500 is always among them."""
+    return {status: {"model": ErrorBody, "description": _STATUSES[status]} for status in sorted({*statuses, 500})}
+
+
+# of a route that takes a body
+ERROR_RESPONSES = error_responses(*_STATUSES)
 
 
 def request_body(model: type[BaseModel]) -> dict[str, Any]:
-    """A route's ``openapi_extra``: its body is JSON of this model."""
+    """A route's ``openapi_extra``: its body is JSON of this model, which has to be one of ``_BODIES``."""
     schema = {"$ref": _REFERENCE.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def describe_bodies(app: FastAPI) -> None:
-    """Add the models of such bodies to the components that the app tells of."""
+def describe(app: FastAPI) -> None:
+    """Have the app tell of everything that holds for its routes."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            _, definitions = models_json_schema([(CompletionRequest, "validation")], ref_template=_REFERENCE)
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-            app.openapi_schema = schema
+            app.openapi_schema = make_schema(app)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def make_schema(app: FastAPI) -> dict[str, Any]:
+    """The whole document."""
+    schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    _, definitions = models_json_schema([(model, "validation") for model in _BODIES], ref_template=_REFERENCE)
+    components = schema.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    schemas.update(definitions["$defs"])
+    # errors of validation are 400 here, in the body of all errors
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    components["securitySchemes"] = {"key": _KEY_SCHEME}
+    schema["security"] = [{"key": []}, {}]
+    for path, operation in _operations(schema):
+        _complete(path, operation, schemas)
+    return schema
+
+
+def _operations(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, methods in schema["paths"].items():
+        for operation in methods.values():
+            yield path, operation
+
+
+def _complete(path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    responses = operation["responses"]
+    responses.pop("422", None)
+    for status, response in responses.items():
+        response["headers"] = {"X-Request-Id": _ANSWERED_ID}
+        if status in ("429", "503"):
+            response["headers"]["Retry-After"] = _RETRY_AFTER
+    operation.setdefault("parameters", []).append(_REQUEST_ID)
+    if path in _OPEN_PATHS:
+        operation["security"] = []
+    fields = _body_fields(operation, schemas)
+    if "stream" in fields:
+        operation["parameters"].append(_REQUEST_TIMEOUT)
+        responses["200"]["content"] |= _EVENTS
+
+
+def _body_fields(operation: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    content = operation.get("requestBody", {}).get("content", {})
+    name = content.get("application/json", {}).get("schema", {}).get("$ref", "").rpartition("/")[2]
+    fields: dict[str, Any] = schemas.get(name, {}).get("properties", {})
+    return fields

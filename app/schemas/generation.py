@@ -78,6 +78,7 @@ _BIAS_SCHEMA = {
 }
 _STOP_IDS_SCHEMA = {"type": "array", "maxItems": MAX_STOP_TOKEN_IDS, "items": {"type": "integer", "minimum": 0}}
 _NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARACTERS}
+ModelName = Annotated[str | None, PlainValidator(_check_name), WithJsonSchema(_NAME_SCHEMA)]
 
 
 class StreamOptions(WireModel):
@@ -92,9 +93,7 @@ class StreamOptions(WireModel):
 class GenerationFields(WireModel):
     """Null means the same as leaving a field out; unknown fields are ignored."""
 
-    model: Annotated[str | None, PlainValidator(_check_name), WithJsonSchema(_NAME_SCHEMA)] = Field(
-        default=None, description="name of the model; the served one when left out"
-    )
+    model: ModelName = Field(default=None, description="name of the model; the served one when left out")
     temperature: float = Field(
         default=1.0, ge=0, le=2, description="0 (or below 0.00001) takes the likeliest token, higher values vary more"
     )

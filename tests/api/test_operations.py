@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app import __version__
 from app.logging import ConsoleFormatter, JsonFormatter
 from tests.api.conftest import MODEL, Serve
+from tests.api.test_disconnects import wait_for
 from tests.fakes import FakeEngine
 
 NAMES = {
@@ -121,3 +123,64 @@ def test_a_json_line() -> None:
     assert content["level"] == "warning"
     assert content["num_rows"] == 3
     assert content["time"].endswith("Z")
+
+
+@pytest.mark.anyio
+async def test_the_load_that_others_call_by_another_name(serve: Serve, engine: FakeEngine) -> None:
+    engine.delay = 60.0
+    async with serve() as server:
+        running = [asyncio.create_task(server.complete()) for _ in range(3)]
+        await wait_for(lambda: len(engine.live) == 3)
+        load = (await server.client.get("/load")).json()
+        assert load["server_load"] == load["num_open_requests"] == 3
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await server.is_idle()
+        assert (await server.client.get("/load")).json()["server_load"] == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/v1/models", "/version", "/docs", "/nothing"])
+async def test_head_is_get_without_a_body(serve: Serve, path: str) -> None:
+    async with serve() as server:
+        head, get = await server.client.head(path), await server.client.get(path)
+        assert head.status_code == get.status_code
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert head.headers["content-length"] == str(len(get.content))
+        assert head.content == b""
+        assert head.headers["x-request-id"]
+
+
+@pytest.mark.anyio
+async def test_what_a_route_takes_is_told(serve: Serve) -> None:
+    async with serve() as server:
+        response = await server.client.post("/livez")
+        assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+        for method in ("HEAD", "GET", "DELETE"):
+            response = await server.client.request(method, "/v1/completions")
+            assert (response.status_code, response.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("root_path", ["", "/mamba"])
+async def test_every_name_of_the_model_works_everywhere(serve: Serve, root_path: str) -> None:
+    names = ["main", "acme/fox", "fox-1"]
+    async with serve(served_model_name=names, root_path=root_path) as server:
+        # the path of the proxy may be cut off or not
+        for prefix in {"", root_path}:
+            cards = (await server.client.get(prefix + "/v1/models")).json()["data"]
+            assert [(card["id"], card["root"]) for card in cards] == [(name, "main") for name in names]
+            for name in names:
+                card = await server.client.get(f"{prefix}/v1/models/{name}")
+                assert card.json()["id"] == name
+                body = {"prompt": "hello", "model": name, "max_tokens": 1}
+                answer = await server.client.post(prefix + "/v1/completions", json=body)
+                assert answer.json()["model"] == name
+                assert (await server.client.post(prefix + "/tokenize", json=body)).json()["count"] == 5
+                ids = {"tokens": [1], "model": name}
+                assert (await server.client.post(prefix + "/detokenize", json=ids)).status_code == 200
+            other = {"prompt": "hello", "tokens": [1], "model": "other"}
+            for path in ("/v1/completions", "/tokenize", "/detokenize"):
+                response = await server.client.post(prefix + path, json=other)
+                assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")

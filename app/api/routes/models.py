@@ -5,13 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.dependencies import Context
-from app.api.openapi import ERROR_RESPONSES
+from app.api.openapi import error_responses
 from app.schemas.models import ModelCard, ModelList
 
 router = APIRouter(tags=["models"])
 
 
-@router.get("/v1/models", summary="What is served", responses={503: ERROR_RESPONSES[503]})
+@router.get("/v1/models", summary="What is served", responses=error_responses(401, 503))
 async def list_models(context: Context) -> ModelList:
     return context.catalog.list()
 
@@ -19,7 +19,7 @@ async def list_models(context: Context) -> ModelList:
 @router.get(
     "/v1/models/{model:path}",
     summary="One of the names that are served",
-    responses={status: ERROR_RESPONSES[status] for status in (404, 503)},
+    responses=error_responses(401, 404, 503),
 )
 async def get_model(model: str, context: Context) -> ModelCard:
     return context.catalog.get(model)

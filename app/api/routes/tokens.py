@@ -1,0 +1,62 @@
+"""``POST /tokenize`` and ``POST /detokenize``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request, Response
+
+from app.api.body import read_json_body
+from app.api.dependencies import context_of
+from app.api.openapi import ERROR_RESPONSES, request_body
+from app.schemas.tokens import DetokenizedText, DetokenizeRequest, TokenizeRequest, Tokens
+from app.schemas.wire import Body
+from app.serving.parsing import parse_request
+from app.serving.tokens import TokenService
+
+# the work on this many bytes takes some two milliseconds, for which no thread is worth its while
+_BYTES_IN_LOOP = 16 * 1024
+
+router = APIRouter(tags=["tokens"])
+
+
+@router.post(
+    "/tokenize",
+    summary="Token ids of a text or a conversation",
+    response_model=Tokens,
+    responses=ERROR_RESPONSES,
+    openapi_extra=request_body(TokenizeRequest),
+)
+async def tokenize(request: Request) -> Response:
+    """What the model would read, without asking it."""
+    return await _answer(request, TokenizeRequest, TokenService.tokenize)
+
+
+@router.post(
+    "/detokenize",
+    summary="The text of token ids",
+    response_model=DetokenizedText,
+    responses=ERROR_RESPONSES,
+    openapi_extra=request_body(DetokenizeRequest),
+)
+async def detokenize(request: Request) -> Response:
+    """Special tokens stand in it as they are written."""
+    return await _answer(request, DetokenizeRequest, TokenService.detokenize)
+
+
+async def _answer(request: Request, model: type[Body], work: Callable[[TokenService, Body], bytes]) -> Response:
+    context = context_of(request)
+    # refused before a byte of the body is read, and once more when all of it is here
+    context.require_tokens()
+    context.token_work.check()
+    settings = context.settings
+    raw = await read_json_body(request.scope, request.receive, settings.max_body_size, settings.body_timeout)
+    service = context.require_tokens()
+
+    def answer() -> bytes:
+        return work(service, parse_request(model, raw))
+
+    with context.token_work.hold(len(raw)):
+        content = answer() if len(raw) <= _BYTES_IN_LOOP else await asyncio.to_thread(answer)
+    return Response(content, media_type="application/json")

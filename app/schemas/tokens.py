@@ -1,0 +1,82 @@
+"""`POST /tokenize` and `POST /detokenize`: requests and answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
+
+from app.schemas.generation import ModelName
+from app.schemas.json import BodyError
+from app.schemas.wire import INT32_MAX, WireModel, refuse
+
+
+def _check_messages(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not set(map(type, value)) <= {dict}:
+        raise refuse("messages_type", "should be a list of objects")
+    if not value:
+        raise refuse("messages_empty", "should not be an empty list")
+    return value
+
+
+def _check_tokens(value: Any) -> list[int]:
+    """Sets of types instead of pydantic's list: one pass in C over 100,000 ids, and one clear message."""
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        raise refuse("token_ids_type", "should be a list of token ids (integers)")
+    if value and (min(value) < 0 or max(value) > INT32_MAX):
+        raise refuse("token_id_range", "holds a token id outside the vocabulary")
+    return value
+
+
+_MESSAGES_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "object"}}
+_TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
+
+
+class TokenizeRequest(WireModel):
+    """A text or a conversation, of which one is required. Null means the same as leaving a field out."""
+
+    model: ModelName = Field(default=None, description="name of the model; the served one when left out")
+    prompt: str | None = Field(default=None, description="a text, which may be empty; not together with `messages`")
+    messages: Annotated[
+        list[dict[str, Any]] | None, PlainValidator(_check_messages), WithJsonSchema(_MESSAGES_SCHEMA)
+    ] = Field(default=None, description="a conversation as `/v1/chat/completions` takes it; not together with `prompt`")
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="let the tokenizer add what it adds by itself, such as a first token; left out, true for `prompt` "
+        "and false for `messages`, whose template adds it",
+    )
+    return_token_strs: bool = Field(default=False, description="answer the text of each token as well")
+
+    @model_validator(mode="after")
+    def _check_what(self) -> TokenizeRequest:
+        if self.prompt is None and self.messages is None:
+            raise BodyError("'prompt' or 'messages' is required", "prompt")
+        if self.prompt is not None and self.messages is not None:
+            raise BodyError("'messages' is not allowed together with 'prompt'", "messages")
+        return self
+
+
+class DetokenizeRequest(WireModel):
+    """Token ids. Null means the same as leaving a field out; unknown fields are ignored."""
+
+    model: ModelName = Field(default=None, description="name of the model; the served one when left out")
+    tokens: Annotated[list[int], PlainValidator(_check_tokens), WithJsonSchema(_TOKENS_SCHEMA)] = Field(
+        description="token ids of the model's vocabulary; none give an empty text"
+    )
+
+
+class Tokens(BaseModel):
+    """What a text is for the model."""
+
+    count: int = Field(description="how many tokens")
+    max_model_len: int | None = Field(description="most tokens of prompt plus output; null for no limit")
+    tokens: list[int] = Field(description="token ids")
+    token_strs: list[str] | None = Field(
+        description="each token's text, `bytes:` and escapes for a part of a character; null unless asked for"
+    )
+
+
+class DetokenizedText(BaseModel):
+    """What tokens are for a reader."""
+
+    prompt: str = Field(description="the text, special tokens included")

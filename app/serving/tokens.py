@@ -1,0 +1,58 @@
+"""Text to token ids and back for clients, without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import orjson
+
+from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from app.serving.errors import InvalidRequest
+from app.serving.jobs import FindTarget
+from app.serving.limits import ServingLimits
+from app.serving.preparing import check_ids
+from app.serving.tokenizer import Tokenizer
+
+# written as one, a list of millions keeps all other threads waiting
+_ITEMS_AT_ONCE = 16 * 1024
+
+
+class TokenService:
+    """Answers of ``/tokenize`` and ``/detokenize`` as JSON. Blocks in proportion to its input; any thread may call.
+
+    Raises InvalidRequest, ModelNotFound, Unavailable.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limits: ServingLimits, find_target: FindTarget) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._find_target = find_target
+
+    def tokenize(self, body: TokenizeRequest) -> bytes:
+        """An object of ``app.schemas.tokens.Tokens``."""
+        self._find_target(body.model)
+        ids = self._encode(body)
+        head = {"count": len(ids), "max_model_len": self._limits.max_model_len}
+        texts = b"null"
+        if body.return_token_strs:
+            text_of = self._tokenizer.id_to_token_text
+            texts = _list_bytes([text_of(token) for token in ids])
+        return b'%b,"tokens":%b,"token_strs":%b}' % (orjson.dumps(head)[:-1], _list_bytes(ids), texts)
+
+    def detokenize(self, body: DetokenizeRequest) -> bytes:
+        """An object of ``app.schemas.tokens.DetokenizedText``."""
+        target = self._find_target(body.model)
+        check_ids(body.tokens, target.info.vocab_size, "tokens")
+        return orjson.dumps({"prompt": self._tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    def _encode(self, body: TokenizeRequest) -> list[int]:
+        if body.prompt is None:
+            raise InvalidRequest("this server has no chat template; send 'prompt'", param="messages")
+        return self._tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+
+
+def _list_bytes(items: Sequence[int] | Sequence[str]) -> bytes:
+    pieces: Iterator[bytes] = (
+        orjson.dumps(items[start : start + _ITEMS_AT_ONCE])[1:-1] for start in range(0, len(items), _ITEMS_AT_ONCE)
+    )
+    return b"[%b]" % b",".join(pieces)
