@@ -365,7 +365,7 @@ def _project_out_rows(
     step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
 ) -> Gained:
     rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
-    tile = _tile_shared(rows, dim, 64, 5)
+    tile = _tile_out(rows, dim)
     grid, share = _shares(tile, rows, width, dim, weight.device)
     squares = torch.empty((grid[1], rows), dtype=torch.float32, device=weight.device)
     product_out_kernel[grid](
@@ -464,8 +464,11 @@ def _tile_in(rows: int, size: int, width: int) -> Tile:
 def _tile_low(rows: int, dim: int) -> Tile:
     if rows <= _FEW_ROWS:
         return _tile_shared(rows, dim, 16, 8)
-    share = _share(dim, 8)
-    return Tile(16, 64 if dim >= 4096 else 16, share, 128 if share % 128 == 0 else 64, 4)
+    return Tile(16, 64, _share(dim, 16), 128, 4)
+
+
+def _tile_out(rows: int, dim: int) -> Tile:
+    return Tile(16, 64, _share(dim, 6), 128, 5) if rows <= 16 else _tile_shared(rows, dim, 64, 5)
 
 
 def _tile_shared(rows: int, size: int, outputs: int, shares: int) -> Tile:
