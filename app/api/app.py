@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
@@ -14,7 +15,7 @@ from app.api.context import ServerContext
 from app.api.cors import EXPOSED_HEADERS, Cors
 from app.api.errors import HttpError, as_request_error, error_response
 from app.api.middleware import PROBE_PATHS, ApiKeys, CleanErrors, HeadAsGet, LingeringClose, RequestContext, RootPath
-from app.api.openapi import describe
+from app.api.openapi import describe, make_schema
 from app.api.routes import completions, docs, models, operations, tokens
 from app.api.shortcut import ShortcutApp
 from app.serving.errors import RequestError
@@ -24,13 +25,16 @@ METRICS_PATH = "/metrics"
 # paths that need no key; everything else does, what does not exist included
 OPEN_PATHS = PROBE_PATHS - {METRICS_PATH}
 
+ROUTERS = (completions.router, models.router, tokens.router, operations.router)
+
+_TITLE = "mamba-serve"
 _DESCRIPTION = "Mamba language models behind OpenAI's API. Errors of every route have the same body."
 
 
 def create_app(context: ServerContext) -> FastAPI:
     """The application over one server's objects."""
     app = ShortcutApp(
-        title="mamba-serve",
+        title=_TITLE,
         version=__version__,
         description=_DESCRIPTION,
         openapi_url=None if context.settings.disable_docs else docs.OPENAPI_PATH,
@@ -41,7 +45,7 @@ def create_app(context: ServerContext) -> FastAPI:
         exception_handlers={RequestError: _on_request_error, HTTPException: _on_http_exception},
     )
     app.state.context = context
-    for router in (completions.router, models.router, tokens.router, operations.router):
+    for router in ROUTERS:
         app.include_router(router)
     if not context.settings.disable_docs:
         app.include_router(docs.router)
@@ -49,6 +53,14 @@ def create_app(context: ServerContext) -> FastAPI:
     app.shortcuts = {prefix + route.path: route for route in short for prefix in ("", context.settings.root_path)}
     describe(app)
     return app
+
+
+def document() -> dict[str, Any]:
+    """What /openapi.json holds, which is the same for every server but for its path."""
+    app = FastAPI(title=_TITLE, version=__version__, description=_DESCRIPTION)
+    for router in ROUTERS:
+        app.include_router(router)
+    return make_schema(app)
 
 
 def _middleware(context: ServerContext) -> list[Middleware]:

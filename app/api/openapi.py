@@ -14,8 +14,12 @@ from app.schemas.completions import CompletionRequest
 from app.schemas.errors import ErrorBody
 from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
-# bodies that routes read by themselves
-_BODIES: tuple[type[BaseModel], ...] = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
+# bodies that routes read by themselves, each with one that works
+BODIES: dict[type[BaseModel], dict[str, Any]] = {
+    CompletionRequest: {"prompt": "def fibonacci(n):", "max_tokens": 32, "temperature": 0},
+    TokenizeRequest: {"prompt": "def fibonacci(n):", "return_token_strs": True},
+    DetokenizeRequest: {"tokens": [1, 2, 3]},
+}
 _REFERENCE = "#/components/schemas/{model}"
 _STATUSES = {
     400: "The request is wrong; the message names the field",
@@ -63,9 +67,9 @@ ERROR_RESPONSES = error_responses(*_STATUSES)
 
 
 def request_body(model: type[BaseModel]) -> dict[str, Any]:
-    """A route's ``openapi_extra``: its body is JSON of this model, which has to be one of ``_BODIES``."""
-    schema = {"$ref": _REFERENCE.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    """A route's ``openapi_extra``: its body is JSON of this model, which has to be one of ``BODIES``."""
+    content = {"schema": {"$ref": _REFERENCE.format(model=model.__name__)}, "example": BODIES[model]}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
 def describe(app: FastAPI) -> None:
@@ -82,7 +86,7 @@ def describe(app: FastAPI) -> None:
 def make_schema(app: FastAPI) -> dict[str, Any]:
     """The whole document."""
     schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    _, definitions = models_json_schema([(model, "validation") for model in _BODIES], ref_template=_REFERENCE)
+    _, definitions = models_json_schema([(model, "validation") for model in BODIES], ref_template=_REFERENCE)
     components = schema.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas.update(definitions["$defs"])

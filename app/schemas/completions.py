@@ -94,9 +94,9 @@ class CompletionLogprobs(BaseModel):
 class CompletionChoice(BaseModel):
     """One continuation; `index` is prompt number x `n` + sample number."""
 
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
+    index: int = Field(description="which choice this is")
+    text: str = Field(description="what was generated, after the prompt where it is echoed; a part of it in a stream")
+    logprobs: CompletionLogprobs | None = Field(default=None, description="null unless asked for")
     finish_reason: Literal["stop", "length"] | None = Field(default=None, description="null while a stream goes on")
     stop_reason: int | str | None = Field(default=None, description="the stop string or token id; null for end-of-text")
 
@@ -104,10 +104,10 @@ class CompletionChoice(BaseModel):
 class Completion(BaseModel):
     """The answer, and with fewer fields every chunk of a streamed one."""
 
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
+    id: str = Field(description="`cmpl-` and the id of the request")
+    object: Literal["text_completion"] = Field(default="text_completion", description="what this is")
+    created: int = Field(description="when the request came, in seconds since 1970")
+    model: str = Field(description="the name that was asked for, or the first one")
+    system_fingerprint: str = Field(description="changes when the same seed may give other tokens")
+    choices: list[CompletionChoice] = Field(description="one for each prompt and each of its `n` samples")
+    usage: Usage | None = Field(default=None, description="token counts; in a stream null unless asked for")

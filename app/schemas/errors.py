@@ -17,4 +17,4 @@ class ErrorDetail(BaseModel):
 class ErrorBody(BaseModel):
     """OpenAI's envelope around an error."""
 
-    error: ErrorDetail
+    error: ErrorDetail = Field(description="what went wrong")

@@ -154,7 +154,7 @@ class PromptTokensDetails(BaseModel):
 class Usage(BaseModel):
     """Token counts; each prompt counts once, whatever `n`."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    prompt_tokens: int = Field(description="tokens of all prompts")
+    completion_tokens: int = Field(description="tokens generated, over all choices")
+    total_tokens: int = Field(description="the sum of both")
+    prompt_tokens_details: PromptTokensDetails = Field(description="where prompt tokens came from")

@@ -11,7 +11,7 @@ class ModelCard(BaseModel):
     """One name under which the model is served."""
 
     id: str = Field(description="name that requests may use as `model`")
-    object: Literal["model"] = "model"
+    object: Literal["model"] = Field(default="model", description="what this is")
     created: int = Field(description="when this server was started, in seconds since 1970")
     owned_by: str = Field(default="mamba-serve", description="who serves it")
     root: str | None = Field(default=None, description="the first name of the same model, where there are several")
@@ -22,5 +22,5 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     """All names."""
 
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
+    object: Literal["list"] = Field(default="list", description="what this is")
+    data: list[ModelCard] = Field(description="one for each name, the main one first")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Path
 
 from app.api.dependencies import Context
 from app.api.openapi import error_responses
@@ -21,5 +23,5 @@ async def list_models(context: Context) -> ModelList:
     summary="One of the names that are served",
     responses=error_responses(401, 404, 503),
 )
-async def get_model(model: str, context: Context) -> ModelCard:
+async def get_model(model: Annotated[str, Path(description="a name that is served")], context: Context) -> ModelCard:
     return context.catalog.get(model)
