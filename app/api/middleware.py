@@ -26,8 +26,9 @@ PROBE_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 # what log and metrics call the status of an answer that nobody waited for
 STATUS_CLIENT_GONE = 499
 
+MAX_ID_CHARACTERS = 128
+
 _NOT_IN_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
-_MAX_ID_CHARACTERS = 128
 _MAX_PATH_CHARACTERS = 200
 _SMALL_BODY = 64 * 1024
 _LINGER_SECONDS = 1.0
@@ -200,7 +201,7 @@ class LingeringClose:
 
 def clean_request_id(given: str | None) -> str:
     """The client's id without what does not belong into a header or a log, or a new one."""
-    kept = _NOT_IN_ID.sub("", given)[:_MAX_ID_CHARACTERS] if given else ""
+    kept = _NOT_IN_ID.sub("", given)[:MAX_ID_CHARACTERS] if given else ""
     return kept or secrets.token_hex(16)
 
 

@@ -1,0 +1,117 @@
+"""Writes docs/LIMITS.md, every bound in one table, from the settings and constants themselves: ``make docs``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.api import middleware
+from app.api.protocol import ConnectionLimits
+from app.cli import shown_default
+from app.schemas import generation
+from app.serving.limits import ServingLimits
+from app.settings import Settings, flag_name
+
+LIMITS = Path(__file__).resolve().parents[1] / "docs" / "LIMITS.md"
+
+_INTRODUCTION = """# Limits
+
+<!-- written by `make docs` -->
+
+Everything that is bounded, in the order in which a request meets it. What has a flag is the operator's to set, and the figure is
+its default. Whatever is refused with a status costs next to nothing, and every refusal has the one body of all errors.
+
+"""  # noqa: E501 (lines of prose are longer here)
+_UNSET = {"max_num_seqs": "as memory allows"}
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One row. ``setting`` is a field of Settings, or else ``value`` tells what is fixed."""
+
+    what: str
+    beyond: str
+    setting: str | None = None
+    value: str = ""
+
+    def render(self) -> str:
+        """A line of the table."""
+        figure, source = self.value, "fixed"
+        if self.setting is not None:
+            field = Settings.model_fields[self.setting]
+            figure = shown_default(field) if field.default else _UNSET.get(self.setting, "none")
+            source = f"`{flag_name(self.setting)}`"
+        return f"| {self.what} | {figure} | {source} | {self.beyond} |"
+
+
+def limits() -> dict[str, tuple[Limit, ...]]:
+    """All of them, by what they bound."""
+    connection = ConnectionLimits()
+    return {
+        "Connections": (
+            Limit("open connections", "503, closed", "max_connections"),
+            Limit("seconds for the headers to arrive", "408, closed", "header_timeout"),
+            Limit("bytes of request line and headers", "431, closed", value=f"{connection.max_header_bytes}"),
+            Limit("headers", "431, closed", value=f"{connection.max_headers}"),
+            Limit("characters of `X-Request-Id`", "the rest is left out", value=f"{middleware.MAX_ID_CHARACTERS}"),
+            Limit("seconds in which a client reads nothing of a stream", "cut", "write_timeout"),
+            Limit("seconds of silence in a stream", "a comment is sent", "ping_interval"),
+        ),
+        "Keys, by name": (
+            Limit("requests open at once", "429", "key_max_concurrency"),
+            Limit("requests in any 60 seconds", "429", "key_requests_per_minute"),
+            Limit("tokens in any 60 seconds, of requests that are over", "429", "key_tokens_per_minute"),
+        ),
+        "The whole server": (
+            Limit("sequences that run at once, each in a slot", "they wait", "max_num_seqs"),
+            Limit("sequences that wait beside them", "429", "max_queue"),
+            Limit("prompt tokens that wait", "429", "max_queue_tokens"),
+            Limit("bytes of bodies that `/tokenize` and `/detokenize` work on at once", "429", "max_body_size"),
+            Limit("seconds of one step of the engine", "`/readyz` 503; twice that, `/livez` 503", "heartbeat_timeout"),
+            Limit("seconds to finish after SIGTERM", "an error event, or 503", "shutdown_timeout"),
+        ),
+        "One request": (
+            Limit("bytes of the body", "413", "max_body_size"),
+            Limit("seconds for the body to arrive", "408", "body_timeout"),
+            Limit(
+                "seconds for all of it; `X-Request-Timeout` may ask for less",
+                "408, or an error event",
+                "max_request_seconds",
+            ),
+            Limit("tokens of prompt plus output", "400 `context_length_exceeded`", "max_model_len"),
+            Limit("prompts", "400", "max_prompts"),
+            Limit("continuations of a prompt, and no more than there are slots", "400", "max_n"),
+            *_field_limits(),
+        ),
+    }
+
+
+def render(groups: Mapping[str, Sequence[Limit]]) -> str:
+    """The whole file."""
+    lines = ["| what | limit | set by | beyond it |", "| --- | --- | --- | --- |"]
+    for title, rows in groups.items():
+        lines += [f"| **{title}** | | | |", *(row.render() for row in rows)]
+    return _INTRODUCTION + "\n".join(lines) + "\n"
+
+
+def _field_limits() -> tuple[Limit, ...]:
+    fixed = (
+        ("`stop`: strings", generation.MAX_STOPS),
+        ("`stop`: characters of a string", generation.MAX_STOP_CHARACTERS),
+        ("`stop_token_ids`: ids", generation.MAX_STOP_TOKEN_IDS),
+        ("`logit_bias`: ids", generation.MAX_LOGIT_BIAS),
+        ("`model`: characters", generation.MAX_NAME_CHARACTERS),
+        ("`echo` with `logprobs`: prompt tokens x alternatives", ServingLimits().max_prompt_logprobs),
+    )
+    return tuple(Limit(what, "400", value=str(value)) for what, value in fixed)
+
+
+def main() -> int:
+    LIMITS.write_text(render(limits()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
