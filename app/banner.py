@@ -17,12 +17,14 @@ def ready_text(settings: Settings, info: ModelInfo, port: int) -> str:
     """The model, what it takes, where it is served, and a command to paste."""
     url = base_url(settings, port)
     name = settings.model_names[0]
+    has_key = bool(settings.api_key or settings.api_key_file)
     return "\n".join(
         (
             f"{name}: {info.architecture}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype} on {info.device}",
             f"slots: {info.max_num_seqs} x {info.state_bytes_per_seq / _MIB:.1f} MiB",
             f"ready: {url}",
-            f"try:   {curl_command(url, name, has_key=bool(settings.api_key or settings.api_key_file))}",
+            *((f"docs:  {url}/docs",) if settings.open_docs or not (has_key or settings.disable_docs) else ()),
+            f"try:   {curl_command(url, name, has_key=has_key)}",
         )
     )
 

@@ -49,6 +49,7 @@ def test_the_ready_line_can_be_pasted(start: Callable[..., Process], tmp_path: P
     process.wait_ready()
     assert "slots: 8 x" in process.ready_text
     assert f"ready: {process.url}" in process.ready_text
+    assert f"docs:  {process.url}/docs" in process.ready_text
     command = re.search(r"curl .*", process.ready_text)
     assert command is not None
     done = subprocess.run(["sh", "-c", command[0] + " -s"], capture_output=True, text=True, timeout=20)
@@ -71,6 +72,7 @@ def test_keys_are_read_again_on_a_hangup(start: Callable[..., Process], tmp_path
         return httpx.get(process.url + "/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
 
     assert (status("sk-first"), status("sk-second")) == (200, 401)
+    assert "docs:" not in process.ready_text
     keys.write_text("alice = sk-second")
     process.signal(signal.SIGHUP)
     wait_for(lambda: status("sk-second") == 200)
