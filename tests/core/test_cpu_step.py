@@ -6,7 +6,6 @@ import copy
 import pickle
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from mamba_core import MambaCache, MambaForCausalLM
 from mamba_core.cpu_step import CpuStep
 from mamba_core.ops import Packing
 from mamba_core.ops.machine import compiling
@@ -28,19 +25,19 @@ from mamba_core.ops.native.step_kernels import HeadField
 from mamba_core.ops.native.threads import RecordField, Team, find_place, wait_for_all
 from mamba_core.ops.native.units import Kind, has_pairs, has_words
 from mamba_core.ops.numba_ops import conv, norm, scan
-from mamba_core.quantization import Int8Linear, quantize_int8
+from mamba_core.quantization import Int8Linear
+from tests.core.step_cases import (
+    SHAPES,
+    MakeModel,
+    check_int8_step,
+    check_step,
+    clone,
+    error,
+    in_dtype,
+    layer_by_layer,
+    warm_cache,
+)
 
-MakeModel = Callable[..., MambaForCausalLM]
-
-ODD = {"hidden_size": 45, "state_size": 5, "time_step_rank": 7, "conv_kernel": 3, "use_bias": True}
-SHAPES = [
-    ("mamba", {}),
-    ("mamba", {"use_bias": True, "use_conv_bias": False, "state_size": 16}),
-    ("mamba", ODD),
-    ("mamba", {"hidden_size": 72, "state_size": 16, "time_step_rank": 48}),
-    ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}),
-    ("falcon_mamba", {"hidden_size": 40, "state_size": 21, "time_step_rank": 3, "use_bias": True}),
-]
 # how weights are multiplied: their type, and whether pairs may be used
 KINDS = [
     pytest.param(torch.float32, False, id="float32"),
@@ -54,36 +51,6 @@ KINDS = [
 ]
 
 
-def in_dtype(model: MambaForCausalLM, dtype: torch.dtype) -> MambaForCausalLM:
-    model = model.to(dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("A_log", "mixer.D")):
-            parameter.data = parameter.data.float()
-    return model
-
-
-def warm_cache(model: MambaForCausalLM, num_slots: int, dtype: torch.dtype) -> MambaCache:
-    """A cache whose slots look as if sequences had passed through them."""
-    generator = torch.Generator().manual_seed(3)
-    cache = MambaCache.from_config(model.config, num_slots, dtype=dtype)
-    for state in (cache.conv, cache.ssm):
-        state.copy_(torch.randn(state.shape, generator=generator))
-    return cache
-
-
-def clone(cache: MambaCache, dtype: torch.dtype) -> MambaCache:
-    return MambaCache(cache.conv.to(dtype, copy=True), cache.ssm.clone())
-
-
-def error(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
-
-
-def layer_by_layer(model: MambaForCausalLM, tokens: Tensor, slots: Tensor, cache: MambaCache) -> Tensor:
-    backbone = model.backbone
-    return backbone.forward_packed(backbone.embeddings(tokens), Packing.step(slots), cache)
-
-
 @pytest.fixture(autouse=True)
 def two_threads() -> object:
     before = torch.get_num_threads()
@@ -94,7 +61,6 @@ def two_threads() -> object:
 
 @pytest.mark.parametrize(("dtype", "may_use_pairs"), KINDS)
 @pytest.mark.parametrize(("family", "changes"), SHAPES)
-@torch.inference_mode()
 def test_step_equals_the_layers(
     tiny_model: MakeModel,
     family: str,
@@ -102,29 +68,7 @@ def test_step_equals_the_layers(
     dtype: torch.dtype,
     may_use_pairs: bool,
 ) -> None:
-    with torch.inference_mode(False):
-        model = in_dtype(tiny_model(family, **changes), dtype)
-        reference = tiny_model(family, **changes)
-        reference.load_state_dict(model.state_dict())
-    step = CpuStep(may_use_pairs=may_use_pairs)
-    for num_rows in (1, 2, 3, 7, 17, 64):
-        slots = 1 + torch.randperm(num_rows + 3, generator=torch.Generator().manual_seed(1))[:num_rows]
-        tokens = (torch.arange(num_rows) * 7) % model.config.vocab_size
-        cache = warm_cache(model, num_rows + 4, dtype)
-        before, plain, exact = clone(cache, dtype), clone(cache, dtype), clone(cache, torch.float32)
-        expected = layer_by_layer(reference, tokens, slots, exact)
-        one_by_one = layer_by_layer(model, tokens, slots, plain)
-        hidden = step.step(model.backbone, tokens, slots, cache)
-        assert hidden.dtype == dtype
-        # no worse than the layers in the same type, which are exact here in fp32
-        slack = 2e-6 if dtype == torch.float32 else 1e-3
-        assert error(hidden, expected) < 1.2 * error(one_by_one, expected) + slack
-        for ours, theirs, right in ((cache.ssm, plain.ssm, exact.ssm), (cache.conv, plain.conv, exact.conv)):
-            assert error(ours[:, slots], right[:, slots]) < 1.2 * error(theirs[:, slots], right[:, slots]) + slack
-        others = torch.ones(num_rows + 4, dtype=torch.bool)
-        others[slots] = False
-        assert torch.equal(cache.ssm[:, others], before.ssm[:, others])
-        assert torch.equal(cache.conv[:, others], before.conv[:, others])
+    check_step(tiny_model, family, changes, dtype, CpuStep(may_use_pairs=may_use_pairs))
 
 
 @pytest.mark.parametrize(("dtype", "may_use_pairs"), KINDS)
@@ -185,48 +129,16 @@ def test_padding_rows_share_the_scratch_slot(tiny_model: MakeModel) -> None:
     assert torch.equal(cache.conv[:, 1:], padded.conv[:, 1:])
 
 
-def widened(model: MambaForCausalLM, reference: MambaForCausalLM) -> MambaForCausalLM:
-    """``reference`` with the weights that a quantized model stands for, in fp32."""
-    values = model.state_dict()
-    for name in [name for name in values if name.endswith("scales")]:
-        weight = name.replace("scales", "weight")
-        values[weight] = values[weight].float() * values.pop(name)[:, None]
-    # of quantized models, the head is not the embeddings any more
-    reference.lm_head.weight = torch.nn.Parameter(values["lm_head.weight"])
-    reference.load_state_dict(values)
-    return reference
-
-
 @pytest.mark.parametrize(("family", "changes"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "may_use_pairs",
     [False, pytest.param(True, marks=pytest.mark.skipif(not has_words(), reason="this CPU has no AVX-512"))],
 )
-@torch.no_grad()
 def test_int8_equals_what_it_stands_for(
     tiny_model: MakeModel, family: str, changes: dict[str, object], dtype: torch.dtype, may_use_pairs: bool
 ) -> None:
-    model = in_dtype(tiny_model(family, **changes), dtype)
-    original = copy.deepcopy(model)
-    quantize_int8(model)
-    reference = widened(model, tiny_model(family, **changes))
-    assert 1e-4 < error(reference.lm_head.weight, original.lm_head.weight) < 1e-2
-    step = CpuStep(may_use_pairs=may_use_pairs)
-    for num_rows in (1, 3, 17):
-        slots, tokens = 1 + torch.arange(num_rows), (torch.arange(num_rows) * 7) % 97
-        cache = warm_cache(model, num_rows + 2, dtype)
-        plain, exact = clone(cache, dtype), clone(cache, torch.float32)
-        expected = layer_by_layer(reference, tokens, slots, exact)
-        one_by_one = layer_by_layer(model, tokens, slots, plain)
-        hidden = step.step(model.backbone, tokens, slots, cache)
-        # the inputs of int8 are rounded to 16 bits
-        slack = 2e-6 if dtype == torch.float32 and not may_use_pairs else 1e-3
-        assert error(one_by_one, expected) < (2e-6 if dtype == torch.float32 else 3e-2)
-        assert error(hidden, expected) < 1.2 * error(one_by_one, expected) + slack
-        assert error(cache.ssm, exact.ssm) < 1.2 * error(plain.ssm, exact.ssm) + slack
-        logits = step.project(hidden, model.lm_head.weight, model.lm_head.scales)
-        assert error(logits, hidden.float() @ reference.lm_head.weight.T) < (1e-3 if may_use_pairs else 1e-6)
+    check_int8_step(tiny_model, family, changes, dtype, CpuStep(may_use_pairs=may_use_pairs), may_use_pairs)
 
 
 @torch.no_grad()
