@@ -116,6 +116,23 @@ def test_tokens_that_are_not_there_are_refused() -> None:
             replace(case, packing=packing).run(numba_ops, case.state)
 
 
+def test_rows_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, conv = make_scan([6, 3], 40, 5), make_conv([6, 3], 40, 4)
+    scan.run(numba_ops, scan.state)
+    monkeypatch.setattr(Tensor, "tolist", lambda _: pytest.fail("every layer would wait for this"))
+    scan.run(numba_ops, scan.state)
+    replace(conv, packing=scan.packing).run(numba_ops, conv.state)
+    with pytest.raises(pytest.fail.Exception):
+        conv.run(numba_ops, conv.state)
+
+
+def test_rows_that_are_no_vectors_are_refused() -> None:
+    case = make_scan([6, 3], 40, 5)
+    packing = replace(case.packing, slots=case.packing.slots[:1])
+    with pytest.raises(ValueError, match=r"\(1,\) and \(3,\)"):
+        replace(case, packing=packing).run(numba_ops, case.state)
+
+
 def test_whoever_learns_gets_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = nn.Parameter(torch.ones(8))
     x = torch.randn(3, 8)

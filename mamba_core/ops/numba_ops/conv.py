@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import njit, types
 from torch import Tensor
 
 from mamba_core.ops.machine.compiling import compiled_callback, fingerprint
 from mamba_core.ops.machine.lanes import fma, silu
-from mamba_core.ops.machine.memory import fetch_add, prefetch, word
+from mamba_core.ops.machine.memory import prefetch, word
 from mamba_core.ops.numba_ops.sized import WIDTH, load, load_lanes, store, store_lanes
-from mamba_core.ops.numba_ops.team import expect, flat, matrix, matrix_names, plain, record_of, rows_of, run
+from mamba_core.ops.numba_ops.team import expect, flat, matrix, matrix_names, plain, record_of, rows_of, run, take_tasks
 from mamba_core.ops.numba_ops.tiles import aligned, channels_per_task, turn_in, turn_out
 from mamba_core.ops.packing import Packing
 
@@ -70,8 +70,9 @@ def _weigh_four(a: Any, low: int, high: int, begin: int, channel: int, count: in
 
 
 @njit(error_model="numpy")
-def _conv_block(a: Any, row: int, channel: int) -> None:
-    """All tokens of one sequence for ``a.block`` channels, from ``channel`` on."""
+def _conv_task(a: Any, task: int) -> None:
+    """All tokens of one sequence for ``a.block`` channels."""
+    row, channel = task // a.num_blocks, task % a.num_blocks * a.block
     begin, end = word(a.bounds, row), word(a.bounds, row + 1)
     if end <= begin:
         return
@@ -111,16 +112,10 @@ def _keep_tail(a: Any, channel: int, num_channels: int, begin: int, end: int, hi
 
 
 def _compile_tasks() -> Any:
-    """A C function that takes tasks until none is left."""
     source = fingerprint()
 
     def conv_tasks(pointer: Any) -> int:
-        arguments = carray(pointer, 1)
-        a, counter = arguments[0], arguments.ctypes.data
-        task = fetch_add(counter, 1)
-        while task < a.num_tasks:
-            _conv_block(a, task // a.num_blocks, task % a.num_blocks * a.block)
-            task = fetch_add(counter, 1)
+        take_tasks(pointer, _conv_task)
         return source
 
     return compiled_callback(types.int64(_ARGUMENTS), conv_tasks)

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import njit, types
 from torch import Tensor
 
 from mamba_core.ops.machine.compiling import compiled_callback, fingerprint
 from mamba_core.ops.machine.lanes import fma, splat, total
-from mamba_core.ops.machine.memory import fetch_add
 from mamba_core.ops.numba_ops.sized import WIDTH, load, load_float, store
-from mamba_core.ops.numba_ops.team import expect, flat, matrix, matrix_names, plain, record_of, run
+from mamba_core.ops.numba_ops.team import expect, flat, matrix, matrix_names, plain, record_of, run, take_tasks
 
 # numbers of a task, for which a thread is worth its while
 _NUMBERS_PER_TASK = 1 << 13
@@ -55,18 +54,17 @@ def _norm_token(a: Any, token: int) -> None:
         store(a.y + token * a.y_stride + first * a.y_size, value, a.y_size, count)
 
 
+@njit(error_model="numpy")
+def _norm_task(a: Any, task: int) -> None:
+    for token in range(task * a.tokens_per_task, min((task + 1) * a.tokens_per_task, a.num_tokens)):
+        _norm_token(a, token)
+
+
 def _compile_tasks() -> Any:
-    """A C function that takes tasks until none is left."""
     source = fingerprint()
 
     def norm_tasks(pointer: Any) -> int:
-        arguments = carray(pointer, 1)
-        a, counter = arguments[0], arguments.ctypes.data
-        task = fetch_add(counter, 1)
-        while task < a.num_tasks:
-            for token in range(task * a.tokens_per_task, min((task + 1) * a.tokens_per_task, a.num_tokens)):
-                _norm_token(a, token)
-            task = fetch_add(counter, 1)
+        take_tasks(pointer, _norm_task)
         return source
 
     return compiled_callback(types.int64(_ARGUMENTS), norm_tasks)

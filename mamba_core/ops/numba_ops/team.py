@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import from_dtype, types
+from numba import carray, from_dtype, njit, types
 
+from mamba_core.ops.machine.memory import fetch_add
 from mamba_core.ops.machine.openmp import find_openmp
 from mamba_core.ops.packing import HostRows, Packing
 
@@ -59,6 +60,17 @@ def rows_of(packing: Packing, state: torch.Tensor, x: torch.Tensor) -> HostRows:
     if not 0 <= low <= high <= len(x):
         raise IndexError(f"sequences from {low} to {high} in {len(x)} tokens")
     return rows
+
+
+@njit(error_model="numpy")
+def take_tasks(pointer: Any, do_task: Any) -> None:
+    """Do tasks of ``run``, as a worker, until none is left: ``do_task`` gets the arguments and a task's number."""
+    arguments = carray(pointer, 1)
+    a, counter = arguments[0], arguments.ctypes.data
+    task = fetch_add(counter, 1)
+    while task < a.num_tasks:
+        do_task(a, task)
+        task = fetch_add(counter, 1)
 
 
 def run(worker: Any, arguments: Iterable[int], num_tasks: int) -> None:
