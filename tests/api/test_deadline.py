@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+import socket
 import time
+from typing import Any
 
 import openai
 import pytest
 
 from tests.api.conftest import MODEL, Serve
 from tests.api.raw import exchange, post
+from tests.api.test_disconnects import wait_for
 from tests.api.test_errors import check_error
 from tests.fakes import FakeEngine
 
@@ -100,3 +105,43 @@ async def test_the_official_client_does_not_try_again(serve: Serve, engine: Fake
                 await client.completions.create(model=MODEL, prompt="x", extra_headers=headers)
         assert caught.value.status_code == 408
         assert len(engine.requests) == 1
+
+
+@pytest.mark.anyio
+async def test_the_deadline_passes_while_the_prompt_is_tokenized(serve: Serve, engine: FakeEngine) -> None:
+    async with serve() as server:
+        service = server.context.service
+        assert service is not None
+        find_target = service.find_target
+
+        def slow(*args: Any) -> Any:
+            time.sleep(0.5)
+            return find_target(*args)
+
+        object.__setattr__(service, "find_target", slow)
+        body, headers = {"prompt": "hello " * 2000}, {"x-request-timeout": "0.1"}
+        started = time.monotonic()
+        response = await server.client.post("/v1/completions", json=body, headers=headers)
+        assert response.status_code == 408
+        assert time.monotonic() - started < 0.45
+        await server.is_idle()
+        await asyncio.sleep(0.5)
+        assert engine.requests == []
+
+
+@pytest.mark.anyio
+async def test_a_client_that_reads_nothing_is_cut_at_the_deadline(serve: Serve, engine: FakeEngine) -> None:
+    engine.script = lambda request, _: itertools.cycle(request.prompt_token_ids)
+    engine.burst = 200
+    async with serve(write_timeout=60, max_request_seconds=0.5) as server:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(sock, ("127.0.0.1", server.port))
+        await loop.sock_sendall(sock, post({"prompt": "hello", "max_tokens": 10**8, "stream": True, "logprobs": 20}))
+        await wait_for(lambda: engine.live)
+        engine.delay = 0.01
+        await wait_for(lambda: not engine.live)
+        await server.is_idle()
+        sock.close()
