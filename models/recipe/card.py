@@ -133,25 +133,25 @@ def _result_row(name: str, result: dict[str, Any], new: Sequence[int]) -> tuple[
 
 
 def _precisions(record: dict[str, Any]) -> str:
-    results = record["results"]
-    exact = {result["way"]: _bits_per_byte(result) for result in results if _name_of(result) == "float32"}
-    by_name: dict[str, dict[str, dict[str, Any]]] = {}
-    for result in results:
-        by_name.setdefault(_name_of(result), {})[result["way"]] = result
-    rows = [
-        (name, *(_against(ways.get(way), exact.get(way)) for way in ("prompts", "steps")))
-        for name, ways in by_name.items()
-    ]
-    num_bytes = sum(results[0]["bytes"])
+    by_way: dict[str, dict[str, dict[str, Any]]] = {"prompts": {}, "steps": {}}
+    for result in record["results"]:
+        by_way[result["way"]][_name_of(result)] = result
+    names = list(dict.fromkeys(map(_name_of, record["results"])))
+    rows = [(name, *(_against(results, name) for results in by_way.values())) for name in names]
+    header = ("weights and activations", *(f"{way}{_extent(results)}" for way, results in by_way.items()))
     return f"""## What precision costs
 
-The same measure on a CPU (torch {record["torch"]}), in the forms that a server gives the weights:
-{len(results[0]["bytes"])} held-out files, {num_bytes:,} bytes. A prompt is taken all at once; what the model has
-written itself is taken one step after another, by other code. In brackets: against fp32.
+The same measure on a CPU (torch {record["torch"]}), in the forms that a server gives the weights. A prompt is taken all
+at once; what the model has written itself is taken one step after another, by other code. In brackets: against fp32.
 
-{_table(("weights and activations", "as prompts", "by steps"), rows)}
+{_table(header, rows)}
 
 int8 is a form of the matrices alone, one scale per output. Measured by `python -m models.recipe.precision`."""
+
+
+def _extent(results: dict[str, dict[str, Any]]) -> str:
+    sizes: list[int] = next((result["bytes"] for result in results.values()), [])
+    return f", {len(sizes)} files of {sum(sizes):,} bytes"
 
 
 def _name_of(result: dict[str, Any]) -> str:
@@ -159,11 +159,12 @@ def _name_of(result: dict[str, Any]) -> str:
     return str(result["dtype"] if quantization == "none" else f"{result['dtype']}, {quantization} matrices")
 
 
-def _against(result: dict[str, Any] | None, exact: float | None) -> str:
-    if result is None:
+def _against(results: dict[str, dict[str, Any]], name: str) -> str:
+    if name not in results:
         return "–"
-    value = _bits_per_byte(result)
-    return f"{value:.5f}" if exact is None else f"{value:.5f} ({value / exact - 1:+.3%})"
+    value = _bits_per_byte(results[name])
+    exact = results.get("float32")
+    return f"{value:.5f}" if exact is None else f"{value:.5f} ({value / _bits_per_byte(exact) - 1:+.3%})"
 
 
 def _positions(result: dict[str, Any]) -> str:

@@ -79,13 +79,13 @@ def file_rows(tokenizer: Tokenizer, texts: Sequence[bytes]) -> list[list[int]]:
     return [[END_OF_TEXT_ID, *encoding.ids, END_OF_TEXT_ID] for encoding in encoded]
 
 
-def file_bits(model: Any, tokenizer: Tokenizer, corpus: Path) -> dict[str, Any]:
+def file_bits(model: Any, tokenizer: Tokenizer, corpus: Path, batch_tokens: int = BATCH_TOKENS) -> dict[str, Any]:
     """Code length in bits of each held-out file from a fresh state, its end included."""
     texts = evaluated_documents(corpus)
     rows = file_rows(tokenizer, texts)
     device = next(model.parameters()).device
     bits = [0.0] * len(rows)
-    for batch in batches_by_length([len(row) for row in rows], BATCH_TOKENS):
+    for batch in batches_by_length([len(row) for row in rows], batch_tokens):
         # causal: what stands right of a row's end changes nothing in it
         longest = max(len(rows[index]) for index in batch)
         padded = [rows[index] + [END_OF_TEXT_ID] * (longest - len(rows[index])) for index in batch]

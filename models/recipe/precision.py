@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from app.engine.memory import keep_freed_memory
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaForCausalLM
 from mamba_core.ops import Packing
@@ -34,6 +35,8 @@ from models.recipe.tokenizer import load_tokenizer
 
 RESULT = "precision.json"
 STEP_ROWS = 32
+# what a CPU's caches hold is soon done, and more at once gains nothing there
+PROMPT_TOKENS = 4096
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -61,9 +64,9 @@ class Precision:
 
 
 @torch.no_grad()
-def step_bits(model: MambaForCausalLM, tokenizer: Tokenizer, corpus: Path) -> dict[str, Any]:
-    """``file_bits`` by steps of decode, each of up to ``STEP_ROWS`` files."""
-    texts = evaluated_documents(corpus)
+def step_bits(model: MambaForCausalLM, tokenizer: Tokenizer, corpus: Path, every: int = 1) -> dict[str, Any]:
+    """``file_bits`` by steps of decode, each of up to ``STEP_ROWS`` files, for one of so many files."""
+    texts = evaluated_documents(corpus)[::every]
     rows = file_rows(tokenizer, texts)
     bits = [0.0] * len(rows)
     longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
@@ -90,17 +93,25 @@ def _step_losses(model: MambaForCausalLM, rows: Sequence[Sequence[int]]) -> list
     return totals.tolist()
 
 
-def measure(folder: Path, corpus: Path, precisions: Sequence[Precision]) -> dict[str, Any]:
-    """Every precision along both ways, written to ``precision.json`` after each."""
+def measure(folder: Path, corpus: Path, precisions: Sequence[Precision], step_every: int = 1) -> dict[str, Any]:
+    """Every precision along both ways, into ``precision.json`` after each; what stands there is not done again."""
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    results: list[dict[str, Any]] = []
-    record = {"torch": torch.__version__, "processor": platform.machine(), "results": results}
-    for precision in precisions:
-        for way, bits_of in (("prompts", file_bits), ("steps", step_bits)):
+    path = folder / RESULT
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"results": []}
+    record["torch"] = torch.__version__
+    known = {(result["dtype"], result["quantization"], result["way"]) for result in record["results"]}
+    ways = {
+        "prompts": partial(file_bits, batch_tokens=PROMPT_TOKENS),
+        "steps": partial(step_bits, every=step_every),
+    }
+    for way, bits_of in ways.items():
+        for precision in precisions:
+            if (precision.dtype, precision.quantization, way) in known:
+                continue
             begin = time.monotonic()
             result = bits_of(precision.load(folder), tokenizer, corpus)
-            results.append({**asdict(precision), "way": way, **result})
-            (folder / RESULT).write_text(json.dumps(record) + "\n")
+            record["results"].append({**asdict(precision), "way": way, **result})
+            path.write_text(json.dumps(record) + "\n")
             share = sum(result["bits"]) / sum(result["bytes"])
             say(f"{precision} {way}: {share:.5f} bits per byte in {time.monotonic() - begin:.0f} s")
     return record
@@ -112,8 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("corpus", type=Path, help="folder that models.recipe.heldout, or the training, wrote")
     default = [Precision("float32", "none"), Precision("bfloat16", "none"), Precision("bfloat16", "int8")]
     parser.add_argument("--precisions", type=Precision.parse, nargs="+", default=default)
+    parser.add_argument("--step-every", type=int, default=1, help="go through one of so many files by steps")
     options = parser.parse_args(arguments)
-    measure(options.model, options.corpus, options.precisions)
+    # as a server does; without it, most of the time goes into pages that are given back and fetched again
+    keep_freed_memory()
+    measure(options.model, options.corpus, options.precisions, options.step_every)
     say(f"wrote {write_card(options.model)}")
     return 0
 

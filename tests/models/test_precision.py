@@ -62,6 +62,26 @@ def test_steps_cost_every_file_what_it_costs_as_a_prompt(exported: Path, corpus:
     assert steps["tokens"] == prompts["tokens"]
 
 
+def test_steps_can_be_made_for_some_files_alone(exported: Path, corpus: Path) -> None:
+    tokenizer = load_tokenizer(exported / "tokenizer.json")
+    model = EXACT.load(exported)
+
+    some, whole = step_bits(model, tokenizer, corpus, every=3), step_bits(model, tokenizer, corpus)
+
+    assert len(some["bits"]) == 14
+    assert some["bits"] == pytest.approx(whole["bits"][::3], rel=1e-5)
+    assert some["bytes"] == whole["bytes"][::3]
+
+
+def test_what_has_been_measured_is_not_measured_again(exported: Path, corpus: Path) -> None:
+    first = measure(exported, corpus, [EXACT])
+    shutil.rmtree(corpus)
+
+    again = measure(exported, corpus, [EXACT])
+
+    assert again == first
+
+
 def test_int8_is_of_the_head_as_well(exported: Path) -> None:
     tokens = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(0))
     model = INT8.load(exported)
@@ -78,9 +98,9 @@ def test_results_are_kept_as_they_come_and_told_in_the_card(exported: Path, corp
 
     assert json.loads((exported / "precision.json").read_text()) == record
     assert [(r["quantization"], r["way"]) for r in record["results"]] == [
-        ("none", "prompts"), ("none", "steps"), ("int8", "prompts"), ("int8", "steps"),
+        ("none", "prompts"), ("int8", "prompts"), ("none", "steps"), ("int8", "steps"),
     ]  # fmt: skip
-    exact, int8 = (sum(result["bits"]) / sum(result["bytes"]) for result in record["results"][::2])
+    exact, int8 = (sum(result["bits"]) / sum(result["bytes"]) for result in record["results"][:2])
     lines = _precisions(record).splitlines()
     assert f"| float32 | {exact:.5f} (+0.000%) | " in next(line for line in lines if line.startswith("| float32 |"))
     row = next(line for line in lines if line.startswith("| float32, int8 matrices"))
