@@ -37,6 +37,11 @@ class Metronome:
         return bool(self._left)
 
     @property
+    def is_compiling(self) -> bool:
+        """No grammar is ever compiled."""
+        return False
+
+    @property
     def stats(self) -> EngineStats:
         num_rows = len(self._left)
         return EngineStats(num_rows, 0, num_rows, self._num_slots, self._num_steps)

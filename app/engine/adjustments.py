@@ -33,7 +33,7 @@ class AdjustedRows:
 
 
 def is_adjusted(params: SamplingParams) -> bool:
-    """Whether tokens are drawn from other logits than the model's."""
+    """Whether bias or penalties change the logits."""
     return bool(params.logit_bias) or _is_penalised(params)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from app.engine.host import to_device, to_host
 from app.engine.logprobs import LogprobRows, to_records
+from app.engine.masks import Masker
 from app.engine.request import TokenLogprobs
 from app.engine.sampler import Sampler, SamplingBatch
-from app.engine.sequence import Sequence
+from app.engine.sequence import RowEnd, Sequence
 from mamba_core.cache import MambaCache
 from mamba_core.ops import Packing
 
@@ -34,12 +35,13 @@ class Model(Protocol):
 @dataclass(frozen=True, slots=True)
 class PendingRows:
     """What a step draws, on its way to the host: tokens [B] with BROKEN where the logits were not finite, and
-    log-probabilities as in ``token_logprobs`` of the rows that want some.
+    log-probabilities as in ``token_logprobs`` of the rows that want some. ``ends`` by row, for those that end instead.
     """
 
     tokens: Tensor
     logprobs: Tensor | None = None
     wanted: LogprobRows | None = None
+    ends: dict[int, RowEnd] = field(default_factory=dict)
 
     def read_tokens(self) -> tuple[list[int], frozenset[int]]:
         """The tokens, and the rows that are broken."""
@@ -109,6 +111,7 @@ class EagerDecoder:
         self._cache = cache
         self._device = cache.device
         self._sampler = Sampler(cache.num_slots, vocab_size, cache.device)
+        self._masker = Masker(vocab_size, cache.device)
         self._seats = Seats()
         self._last_token = torch.zeros(cache.num_slots, dtype=torch.int64, device=cache.device)
         self._positions = torch.zeros_like(self._last_token)
@@ -117,12 +120,15 @@ class EagerDecoder:
     def launch(self, rows: tuple[Sequence, ...]) -> PendingRows:
         batch = self._batch_of(rows)
         hidden = self._model.forward_packed(self._last_token[batch.slots], batch.packing, self._cache)  # [B, H]
-        draw = self._sampler.draw(self._model.compute_logits(hidden), batch.sampling)
+        logits = self._model.compute_logits(hidden)
+        mask, ends = self._masker.make()
+        draw = self._sampler.draw(logits, batch.sampling, mask)
         self._last_token[batch.slots] = draw.tokens
         self._positions[batch.slots] += 1
         tokens = to_host(torch.where(draw.is_finite, draw.tokens, BROKEN))
         logprobs = None if draw.logprobs is None else to_host(draw.logprobs)
-        return PendingRows(tokens, logprobs, batch.sampling.logprobs)
+        self._masker.follow(tokens)
+        return PendingRows(tokens, logprobs, batch.sampling.logprobs, ends)
 
     def start(self) -> None:
         pass
@@ -131,13 +137,16 @@ class EagerDecoder:
         self._batch = None
         self._seats.clear()
         self._sampler.forget()
+        self._masker.forget()
 
     def prepare_more(self) -> bool:
         return False
 
     def _batch_of(self, rows: tuple[Sequence, ...]) -> _Batch:
-        if self._batch is None or self._batch.rows is not rows:
+        if self._batch is None or self._batch.rows is not rows or self._masker.is_stale:
             new = self._seats.take(rows)
+            self._masker.admit(new)
+            self._masker.seat(rows)
             numbers = array("q", (sequence.slot for sequence in rows))
             for sequence in new:
                 numbers.extend((sequence.slot, sequence.next_token, sequence.position))

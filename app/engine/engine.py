@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from app.engine.request import EngineStats, Event, GenerationRequest
+from app.engine.compiling import CompileQueue, GrammarCompiler
+from app.engine.constraints import constraints_of
+from app.engine.request import EngineStats, Event, GenerationRequest, Grammar, SamplingParams
 from app.engine.scheduler import Scheduler
 from app.engine.sequence import StepPlan, StepResult
 
@@ -14,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 # joint steps that may raise one after another, though every sequence passes alone, before all of them are given up
 MAX_JOINT_FAILURES = 3
+
+# moments without work, one after the other, before the tokenizer of grammars is read, which holds up a step meanwhile
+IDLE_MOMENTS = 4
 
 
 class RequestRefused(ValueError):
@@ -50,7 +55,8 @@ class Engine:
     never waits for the host. ``step`` then returns the events of the step before the one that it launches.
 
     ``before_step`` is called with every plan before it is executed, and what it raises counts as raised by the step:
-    the seam through which tests inject faults.
+    the seam through which tests inject faults. ``grammars`` is used in a thread of its own; without it, no request may
+    have a grammar.
     """
 
     def __init__(
@@ -61,14 +67,18 @@ class Engine:
         vocab_size: int,
         prefill_budget: int,
         before_step: Callable[[StepPlan], None] | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = Scheduler(num_slots, prefill_budget)
         self._vocab_size = vocab_size
         self._before_step = before_step
+        self._compiling = CompileQueue(grammars) if grammars is not None else None
         self._events: list[Event] = []
         self._in_flight: tuple[StepPlan, Any] | None = None
         self._num_joint_failures = 0
+        self._num_idle_moments = 0
+        self._idle_since = 0
         self._num_steps = 0
         self._num_prefill_tokens = 0
         self._num_decode_tokens = 0
@@ -78,14 +88,25 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do or deliver anything."""
-        return bool(self._events) or self._in_flight is not None or self._scheduler.has_work
+        compiling = self._compiling
+        return (
+            bool(self._events)
+            or self._in_flight is not None
+            or self._scheduler.has_work
+            or (compiling is not None and compiling.is_waiting and compiling.has_ready)
+        )
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether there may be work without a call, once a grammar is compiled."""
+        return self._compiling is not None and self._compiling.is_waiting
 
     @property
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
         return EngineStats(
             scheduler.num_running,
-            scheduler.num_waiting,
+            scheduler.num_waiting + (self._compiling.num_samples if self._compiling is not None else 0),
             scheduler.num_running,
             scheduler.num_slots,
             self._num_steps,
@@ -96,19 +117,29 @@ class Engine:
         )
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises RequestRefused when it can never run."""
+        """Queue a request, behind its grammar if that must be compiled. Raises RequestRefused when it can never run."""
         self._check_token_ids(request)
+        if self._compiling is not None and request.request_id in self._compiling:
+            raise RequestRefused(f"request {request.request_id} is live already")
         try:
-            self._scheduler.add(request)
+            if request.sampling.grammar is not None:
+                self._compile(request, request.sampling.grammar)
+            else:
+                self._scheduler.add(request, constraints_of(request, self._vocab_size))
         except ValueError as error:
             raise RequestRefused(str(error)) from None
 
     def abort(self, request_id: str, sample: int | None = None) -> None:
         """End one sample or all of a request; the events come with the next step. Unknown ones are ignored."""
-        self._events += self._scheduler.abort(request_id, sample)
+        if self._compiling is not None and request_id in self._compiling:
+            self._events += self._compiling.abort(request_id, sample)
+        else:
+            self._events += self._scheduler.abort(request_id, sample)
 
     def step(self) -> list[Event]:
         """Prompt tokens of waiting sequences, then one token of every running one. Does not raise for bad requests."""
+        if self._compiling is not None and self._compiling.is_waiting:
+            self._take_compiled(self._compiling)
         events, self._events = self._events, []
         flights = [] if self._in_flight is None else [self._in_flight]
         self._in_flight = None
@@ -133,11 +164,34 @@ class Engine:
 
     def prepare_more(self) -> bool:
         """Use a moment without work to get ready for steps to come; whether anything was left to do."""
-        return self._runner.prepare_more()
+        if self._runner.prepare_more():
+            return True
+        if self._compiling is not None and not self._compiling.is_prepared:
+            self._num_idle_moments = self._num_idle_moments + 1 if self._num_steps == self._idle_since else 0
+            self._idle_since = self._num_steps
+            if self._num_idle_moments >= IDLE_MOMENTS:
+                self._compiling.prepare()
+        return False
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the books do not balance."""
         self._scheduler.check_integrity()
+
+    def _compile(self, request: GenerationRequest, grammar: Grammar) -> None:
+        if self._compiling is None:
+            raise RequestRefused("structured output is not possible: this engine has no tokenizer")
+        self._scheduler.check(request)
+        self._compiling.add(request, grammar)
+
+    def _take_compiled(self, compiling: CompileQueue) -> None:
+        ready, ends = compiling.take()
+        self._events += ends
+        for compiled in ready:
+            request = compiled.request
+            self._scheduler.add(request, constraints_of(request, self._vocab_size, compiled.matcher))
+            for sample in compiled.aborted:
+                # its end has been told
+                self._scheduler.abort(request.request_id, sample)
 
     def _launch(self, plan: StepPlan) -> Any:
         if self._before_step is not None:
@@ -177,3 +231,16 @@ class Engine:
             raise RequestRefused(f"a prompt token is outside the vocabulary of {self._vocab_size}")
         if any(not 0 <= token < self._vocab_size for token, _ in request.sampling.logit_bias):
             raise RequestRefused(f"logit_bias names a token outside the vocabulary of {self._vocab_size}")
+        self._check_rules(request.sampling)
+
+    def _check_rules(self, sampling: SamplingParams) -> None:
+        if (allowed := sampling.allowed_token_ids) is not None:
+            if not allowed:
+                raise RequestRefused("allowed_token_ids allows no token")
+            if not 0 <= min(allowed) <= max(allowed) < self._vocab_size:
+                raise RequestRefused(f"allowed_token_ids names a token outside the vocabulary of {self._vocab_size}")
+        for word in sampling.bad_words:
+            if not word:
+                raise RequestRefused("one of the bad_words is empty")
+            if not 0 <= min(word) <= max(word) < self._vocab_size:
+                raise RequestRefused(f"bad_words names a token outside the vocabulary of {self._vocab_size}")

@@ -48,6 +48,8 @@ from app.engine.stages import stage
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
+# between two looks at whether a grammar is compiled, while nothing else is to be done
+COMPILE_CHECK_SECONDS = 0.002
 PARENT_CHECK_SECONDS = 0.5
 LINGER_MILLISECONDS = 2000
 
@@ -60,6 +62,9 @@ class SteppingEngine(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+
+    @property
+    def is_compiling(self) -> bool: ...
 
     @property
     def stats(self) -> EngineStats: ...
@@ -125,6 +130,11 @@ class Desk:
     @property
     def has_work(self) -> bool:
         return bool(self._refusals) or self._engine.has_work
+
+    @property
+    def patience(self) -> float:
+        """Seconds that commands may be waited for while there is no work."""
+        return COMPILE_CHECK_SECONDS if self._engine.is_compiling else BEAT_SECONDS
 
     def apply(self, command: Submit | Abort) -> None:
         if isinstance(command, Abort):
@@ -213,7 +223,7 @@ def _serve(channel: Channel, desk: Desk) -> None:
     """
     may_prepare = True
     while True:
-        commands = channel.receive(0 if desk.has_work or may_prepare else BEAT_SECONDS)
+        commands = channel.receive(0 if desk.has_work or may_prepare else desk.patience)
         for command in commands:
             if isinstance(command, Stop):
                 return

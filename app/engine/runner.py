@@ -126,7 +126,9 @@ class Runner:
         logprobs = pending.rows.read_logprobs() if pending.rows else {}
         prompts = {index: prompt.read() for index, prompt in pending.prompts.items()}
         seconds = [later.seconds_since(earlier) for earlier, later in zip(marks, marks[1:], strict=False)]
-        return StepResult(tokens, broken, logprobs, prompts, *seconds)
+        ends = pending.rows.ends if pending.rows else {}
+        prefill_seconds, decode_seconds = seconds or (0.0, 0.0)
+        return StepResult(tokens, broken, logprobs, prompts, prefill_seconds, decode_seconds, ends)
 
     def forget(self) -> None:
         """Drop everything that is kept between steps, apart from the states in the cache."""

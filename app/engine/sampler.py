@@ -13,6 +13,7 @@ from app.engine import distribution
 from app.engine.adjustments import AdjustedRows, Adjuster, is_adjusted
 from app.engine.host import to_device
 from app.engine.logprobs import LogprobRows, logprob_rows, token_logprobs
+from app.engine.masks import Mask
 from app.engine.request import SamplingParams
 from app.engine.sequence import Sequence
 
@@ -99,12 +100,14 @@ class Sampler:
             logprob_rows(rows, self._device),
         )
 
-    def draw(self, logits: Tensor, batch: SamplingBatch) -> Draw:
+    def draw(self, logits: Tensor, batch: SamplingBatch, mask: Mask | None = None) -> Draw:
         """One token per row of logits [B, V] float32, which are changed in place."""
         is_finite = logits.sum(-1).isfinite()
         raw = logits[batch.logprobs.rows] if batch.logprobs else None
         if batch.adjusted:
             self._adjuster.apply(logits, batch.adjusted)
+        if mask:
+            mask.apply(logits)
         tokens = self._choose(logits, batch)
         if batch.adjusted:
             self._adjuster.count(tokens, batch.adjusted)

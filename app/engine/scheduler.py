@@ -1,15 +1,22 @@
-"""Who runs next: first come, first served, a slot per sample, no preemption. Pure bookkeeping, no tensors."""
+"""Who runs next: the lowest priority first, among equals first come, first served; a slot per sample, no preemption.
+
+Pure bookkeeping, no tensors.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections import deque
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from app.engine.request import Event, FinishReason, GenerationRequest, PromptLogprobsEvent, TokenLogprobs
 from app.engine.sequence import Chunk, Prefill, Sequence, StepPlan, StepResult
 from app.engine.share import PrefillShare
 from app.engine.slots import SCRATCH_SLOT, SlotPool
+
+if TYPE_CHECKING:
+    from app.engine.constraints import Constraint
 
 # a step takes so many shares while fewer stream than so many times those that start beside a first one
 BURST_RATIO = 8
@@ -66,19 +73,28 @@ class Scheduler:
         """Samples that wait for a slot."""
         return self._num_live - self._slots.num_held
 
-    def add(self, request: GenerationRequest) -> None:
-        """Put a request at the end of the queue. Raises ValueError when it can never run."""
+    def add(self, request: GenerationRequest, constraints: Iterable[Constraint] = ()) -> None:
+        """Put a request behind those of its priority. Raises ValueError when it can never run.
+
+        constraints: one for each sample, or none.
+        """
+        self.check(request)
+        last, stop_token_ids = request.prompt_token_ids[-1], frozenset(request.stop_token_ids)
+        sequences = [Sequence(request, sample, stop_token_ids, last) for sample in range(request.n)]
+        for sequence, constraint in zip(sequences, constraints, strict=False):
+            sequence.constraint = constraint
+        self._live[request.request_id] = dict(enumerate(sequences))
+        self._num_live += request.n
+        self._queue(_start_prefill(request, sequences, array("q", request.prompt_token_ids)))
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise ValueError when a request can never run."""
         if not 1 <= request.n <= self._slots.num_slots:
             raise ValueError(f"n = {request.n} is not between 1 and {self._slots.num_slots}, the rows that run at once")
         if not request.prompt_token_ids:
             raise ValueError("the prompt is empty")
         if request.request_id in self._live:
             raise ValueError(f"request {request.request_id} is live already")
-        last, stop_token_ids = request.prompt_token_ids[-1], frozenset(request.stop_token_ids)
-        sequences = [Sequence(request, sample, stop_token_ids, last) for sample in range(request.n)]
-        self._live[request.request_id] = dict(enumerate(sequences))
-        self._num_live += request.n
-        self._waiting.append(_start_prefill(request, sequences, array("q", request.prompt_token_ids)))
 
     def abort(self, request_id: str, sample: int | None = None) -> list[Event]:
         """End one sample, or all of a request, in whatever phase it is. What is not live is ignored."""
@@ -197,6 +213,16 @@ class Scheduler:
             self._ending |= last
             self._running = tuple(sequence for sequence in self._running if sequence not in last)
 
+    def _queue(self, prefill: Prefill) -> None:
+        priority = prefill.request.priority
+        place = len(self._waiting)
+        while place > 0 and self._waiting[place - 1].request.priority > priority:
+            place -= 1
+        if place == len(self._waiting):
+            self._waiting.append(prefill)
+        else:
+            self._waiting.insert(place, prefill)
+
     def _admit(self) -> Prefill:
         prefill = self._waiting.popleft()
         for sequence in prefill.sequences:
@@ -222,6 +248,8 @@ class Scheduler:
                 continue
             if row in broken:
                 event = sequence.end(FinishReason.ERROR, NOT_FINITE)
+            elif row in result.ends:
+                event = sequence.end(result.ends[row].reason, result.ends[row].error)
             else:
                 event = sequence.accept(token, logprobs.get(row))
             if event.finish_reason is not None:

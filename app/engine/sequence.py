@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from app.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
 from app.engine.slots import SCRATCH_SLOT
+
+if TYPE_CHECKING:
+    from app.engine.constraints import Constraint
 
 
 @dataclass(slots=True, eq=False)
@@ -16,7 +20,8 @@ class Sequence:
     ``output`` and ``next_token`` are what has come back from the device; while a step is in flight, the device is one
     token ahead. ``next_token`` is the last of the output or, before the first, of the prompt: its effect is not in
     the state, it is what decode feeds. ``prefill`` is set until a step is planned after which the state holds every
-    token before it. ``last_plan`` is the number of the plan that draws the last token allowed.
+    token before it. ``last_plan`` is the number of the plan that draws the last token allowed. ``constraint`` says
+    which tokens may follow; it stands where the device does, and is the decoder's to move.
     """
 
     request: GenerationRequest
@@ -28,6 +33,7 @@ class Sequence:
     prefill: Prefill | None = None
     is_finished: bool = False
     last_plan: int = 0
+    constraint: Constraint | None = None
 
     @property
     def num_left(self) -> int:
@@ -141,8 +147,17 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class RowEnd:
+    """Why a row ends instead of drawing a token."""
+
+    reason: FinishReason
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step drew: one token per row, meaningless for ``broken`` rows, whose logits were not finite.
+    """What a step drew: one token per row, meaningless for ``broken`` rows, whose logits were not finite, and for those
+    that have ``ends``.
 
     ``logprobs`` by row, for rows that asked; ``prompt_logprobs`` by chunk, in the order of positions, or None where
     they were NaN or Inf. The seconds are those of the device, 0 where they are no measure of steps to come.
@@ -154,3 +169,4 @@ class StepResult:
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...] | None] = field(default_factory=dict)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    ends: dict[int, RowEnd] = field(default_factory=dict)

@@ -17,8 +17,9 @@ from app.engine.distribution import stream_key
 from app.engine.graphs import StepBody, StepOutput
 from app.engine.host import to_device, to_host
 from app.engine.logprobs import LogprobRows, logprob_rows, token_logprobs
+from app.engine.masks import Mask, Masker
 from app.engine.request import SamplingParams
-from app.engine.sequence import Sequence
+from app.engine.sequence import RowEnd, Sequence
 from mamba_core.cache import MambaCache
 from mamba_core.ops import Packing
 
@@ -52,7 +53,7 @@ class StepRuns(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Redraw:
-    """Rows that draw from adjusted logits: their places in the batch [A], their slots [A] and the adjustments."""
+    """Rows that draw from changed logits: their places in the batch [A], their slots [A] and the adjustments."""
 
     rows: Tensor
     slots: Tensor
@@ -63,8 +64,8 @@ class SlotDecoder:
     """A step whose only input from the host is the vector of slots, and that only when rows have come or gone.
 
     ``make_steps`` gets the step as a function of its packing, and the vector of slots, padded with the scratch slot.
-    Rows that ask for adjusted logits or for log-probabilities get them after the step, from its logits; what the
-    other rows draw does not depend on them.
+    Rows that ask for adjusted logits, for masks or for log-probabilities get them after the step, from its logits; what
+    the other rows draw does not depend on them, and the forward pass does not wait for masks.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class SlotDecoder:
         self._tables = tables
         self._draw = draw
         self._adjuster = Adjuster(cache.num_slots, vocab_size, cache.device)
+        self._masker = Masker(vocab_size, cache.device)
         self._seats = Seats()
         self._last_token = torch.zeros(cache.num_slots, dtype=torch.int64, device=cache.device)
         self._slots = torch.zeros(cache.num_slots - 1, dtype=torch.int64, device=cache.device)
@@ -92,16 +94,20 @@ class SlotDecoder:
         self._steps = make_steps(self._step, self._slots)
 
     def launch(self, rows: tuple[Sequence, ...]) -> PendingRows:
-        if rows is not self._rows:
+        if rows is not self._rows or self._masker.is_stale:
             self._seat(rows)
         output = self._steps.run(len(rows))
+        ends: dict[int, RowEnd] = {}
         if self._redraw is not None:
-            self._draw_again(output, self._redraw)
+            mask, ends = self._masker.make()
+            self._draw_again(output, self._redraw, mask)
         logprobs = None
         if (wanted := self._logprobs) is not None:
-            tokens = output.tokens[wanted.rows].clamp_(min=0)
-            logprobs = to_host(token_logprobs(output.logits[wanted.rows], tokens, max(wanted.nums_top)))
-        return PendingRows(to_host(output.tokens[: len(rows)]), logprobs, self._logprobs)
+            drawn = output.tokens[wanted.rows].clamp_(min=0)
+            logprobs = to_host(token_logprobs(output.logits[wanted.rows], drawn, max(wanted.nums_top)))
+        tokens = to_host(output.tokens[: len(rows)])
+        self._masker.follow(tokens)
+        return PendingRows(tokens, logprobs, self._logprobs, ends)
 
     def start(self) -> None:
         self._steps.start()
@@ -111,6 +117,7 @@ class SlotDecoder:
         self._seats.clear()
         self._special.clear()
         self._adjuster.forget()
+        self._masker.forget()
 
     def prepare_more(self) -> bool:
         return self._steps.prepare_more()
@@ -123,14 +130,18 @@ class SlotDecoder:
         self._last_token.index_copy_(0, slots, tokens)
         return StepOutput(logits, torch.where(is_finite, tokens, BROKEN))
 
-    def _draw_again(self, output: StepOutput, redraw: _Redraw) -> None:
+    def _draw_again(self, output: StepOutput, redraw: _Redraw, mask: Mask | None) -> None:
         logits = output.logits.index_select(0, redraw.rows)  # [A, V]
         self._adjuster.apply(logits, redraw.adjusted)
+        if mask:
+            mask.apply(logits)
         # the step has drawn for these rows already
         self._tables.positions[redraw.slots] -= 1
         tokens, is_finite = self._draw(logits, redraw.slots, self._tables)
         self._adjuster.count(tokens, redraw.adjusted)
         self._last_token[redraw.slots] = tokens
+        # a mask may cover what is not finite
+        is_finite &= output.tokens[redraw.rows] != BROKEN
         output.tokens[redraw.rows] = torch.where(is_finite, tokens, BROKEN)
 
     def _seat(self, rows: tuple[Sequence, ...]) -> None:
@@ -145,9 +156,14 @@ class SlotDecoder:
             new_slots, tokens = packed[len(self._slots) :].chunk(2)
             self._last_token.index_copy_(0, new_slots, tokens)
             self._write_tables(new)
+        self._masker.admit(new)
         # all rows are looked at only while there is one that asks for more than a token
         self._special = {s for s in self._special if not s.is_finished} | {s for s in new if _is_special(s)}
-        self._redraw = self._find_adjusted(rows) if self._special else None
+        self._redraw = None
+        if self._special:
+            self._redraw = self._find_changed(rows)
+        else:
+            self._masker.forget()
         self._logprobs = logprob_rows(rows, self._device) if self._special else None
         self._rows = rows
 
@@ -157,8 +173,9 @@ class SlotDecoder:
         positions = [sequence.position for sequence in new]
         self._tables.write([sequence.slot for sequence in new], params, keys, positions)
 
-    def _find_adjusted(self, rows: tuple[Sequence, ...]) -> _Redraw | None:
-        chosen = [row for row, sequence in enumerate(rows) if is_adjusted(sequence.request.sampling)]
+    def _find_changed(self, rows: tuple[Sequence, ...]) -> _Redraw | None:
+        chosen = [row for row, sequence in enumerate(rows) if _is_changed(sequence)]
+        self._masker.seat(rows, {row: place for place, row in enumerate(chosen)})
         if not chosen:
             return None
         adjusted = self._adjuster.prepare([rows[row] for row in chosen])
@@ -168,5 +185,10 @@ class SlotDecoder:
 
 
 def _is_special(sequence: Sequence) -> bool:
-    params = sequence.request.sampling
-    return params.logprobs is not None or is_adjusted(params)
+    return sequence.request.sampling.logprobs is not None or _is_changed(sequence)
+
+
+def _is_changed(sequence: Sequence) -> bool:
+    """Whether tokens are drawn from other logits than the model's."""
+    constraint = sequence.constraint
+    return is_adjusted(sequence.request.sampling) or (constraint is not None and not constraint.is_over)

@@ -44,6 +44,10 @@ class ScriptedEngine:
         return bool(self._events) or self._scheduler.has_work
 
     @property
+    def is_compiling(self) -> bool:
+        return False
+
+    @property
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
         used = scheduler.num_running

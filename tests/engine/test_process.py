@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.engine.messages import Abort, Beat, Command, Report, StepReport, Stop, Submit
-from app.engine.process import BEAT_SECONDS, Desk, _serve
+from app.engine.process import BEAT_SECONDS, COMPILE_CHECK_SECONDS, Desk, _serve
 from app.engine.request import EngineStats, Event, FinishReason, GenerationRequest, SamplingParams, TokenEvent
 
 
@@ -17,6 +17,8 @@ class ToyEngine:
         self.log: list[str] = []
         self.queued: list[GenerationRequest] = []
         self.in_flight: list[GenerationRequest] = []
+        self.is_compiling = False
+        self.patience: set[float] = set()
 
     @property
     def has_work(self) -> bool:
@@ -57,7 +59,7 @@ class ToyChannel:
 
     def receive(self, timeout: float) -> list[Command]:
         self._engine.log.append("wait" if timeout else "look")
-        assert timeout in (0, BEAT_SECONDS)
+        self._engine.patience.add(timeout)
         return self._script.pop(0)
 
     def send(self, report: Report) -> None:
@@ -95,3 +97,13 @@ def test_a_request_comes_before_what_is_left_to_prepare_and_its_steps_follow_wit
     ]
     reports = [report for report in sent if isinstance(report, StepReport)]
     assert [[rich.key for rich in report.rich] for report in reports] == [[], [1], [2]]
+
+
+def test_without_work_it_waits_until_the_next_beat_and_for_a_grammar_not_that_long() -> None:
+    engine = ToyEngine(0)
+    serve(engine, [], [], [])
+    assert engine.patience == {0, BEAT_SECONDS}
+    engine = ToyEngine(0)
+    engine.is_compiling = True
+    serve(engine, [], [], [])
+    assert engine.patience == {0, COMPILE_CHECK_SECONDS}

@@ -99,6 +99,19 @@ def test_nobody_overtakes_a_request_that_waits_for_more_slots() -> None:
     assert scheduler.num_waiting == 1
 
 
+def test_the_lowest_priority_waits_least_and_displaces_nobody() -> None:
+    scheduler = Scheduler(2, 8)
+    scheduler.add(request("runs", max_tokens=3, n=2))
+    step(scheduler)
+    for name, priority in [("c", 0), ("e", 5), ("a", -1), ("d", 0), ("b", -1), ("f", 5)]:
+        scheduler.add(dataclasses.replace(request(name, max_tokens=1, n=2), priority=priority))
+    admitted = []
+    while scheduler.has_work:
+        plan, _ = step(scheduler)
+        admitted += sorted(set(ids(plan)))
+    assert admitted == ["runs", "runs", *"abcdef"]
+
+
 def test_samples_share_one_prefill_and_fork_when_it_is_done() -> None:
     scheduler = Scheduler(4, 2)
     scheduler.add(request("a", length=4, n=3))
