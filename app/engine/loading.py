@@ -13,6 +13,7 @@ from app.engine.config import EngineConfig
 from app.engine.cores import usable_cores
 from app.engine.engine import Engine
 from app.engine.interface import EngineStartError
+from app.engine.matchers import Compiler
 from app.engine.memory import MemoryTooSmall, choose_max_num_seqs, keep_freed_memory
 from app.engine.request import GenerationRequest, ModelInfo, SamplingParams
 from app.engine.runner import Runner
@@ -79,15 +80,18 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
         if config.quantization == "int8":
             with stage("quantizing the weights"):
                 quantize_int8(model)
-        engine, info = build_engine(model, config, placement)
+        ends = checkpoints.eos_token_ids(model_dir, checkpoint.config)
+        grammars = Compiler(config.tokenizer or model_dir, model.config.vocab_size, ends)
+        engine, info = build_engine(model, config, placement, grammars)
         info = replace(info, num_parameters=num_parameters, dtype=placement.weight_dtype)
-        eos_token_ids = checkpoints.eos_token_ids(model_dir, checkpoint.config)
-        return engine, replace(info, model_dir=str(model_dir), eos_token_ids=eos_token_ids)
+        return engine, replace(info, model_dir=str(model_dir), eos_token_ids=ends)
     except (checkpoints.CheckpointError, MemoryTooSmall) as error:
         raise EngineStartError(str(error)) from error
 
 
-def build_engine(model: MambaForCausalLM, config: EngineConfig, placement: Placement) -> tuple[Engine, ModelInfo]:
+def build_engine(
+    model: MambaForCausalLM, config: EngineConfig, placement: Placement, grammars: Compiler | None = None
+) -> tuple[Engine, ModelInfo]:
     """An engine around a model that is loaded. Raises MemoryTooSmall."""
     device, dtype, state_dtype = placement.device, placement.dtype, placement.state_dtype
     slot_bytes = MambaCache.slot_bytes(model.config, dtype, state_dtype)
@@ -102,7 +106,7 @@ def build_engine(model: MambaForCausalLM, config: EngineConfig, placement: Place
     with stage("warming up"):
         trial = Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget)
         warm_up(trial, vocab_size, _WARM_UPS[device.type])
-    engine = Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget)
+    engine = Engine(runner, num_slots=num_slots, vocab_size=vocab_size, prefill_budget=budget, grammars=grammars)
     return engine, _describe(model, placement, num_slots, cache.bytes_per_slot)
 
 
