@@ -81,7 +81,7 @@ class CpuStep:
             plan[Field.TOKENS], plan[Field.SLOTS] = tokens.data_ptr(), slots.data_ptr()
             plan[Field.NUM_ROWS], plan[Field.RESULTS] = len(tokens), results.data_ptr()
             _place(plan, model, cache)
-            self._team.run(step_callback(kind), plan)
+            self._team.run(step_callback(kind), plan, amount=len(tokens))
         return results
 
     def project(self, hidden: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:

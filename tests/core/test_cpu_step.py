@@ -186,21 +186,50 @@ def test_the_number_of_threads_changes_nothing(
     assert torch.equal(step.project(hidden, model.lm_head.weight), CpuStep().project(expected, model.lm_head.weight))
 
 
+class HeadProduct:
+    """A product of a head, as a record that a team runs."""
+
+    def __init__(self) -> None:
+        self.hidden, self.weight, self.results = torch.randn(3, 32), torch.randn(50, 32), torch.zeros(3, 50)
+        self.inputs = torch.zeros(3, 64)
+        self.record = record = np.zeros(HeadField.SIZE, np.int64)
+        record[[HeadField.HIDDEN_STATES, HeadField.WEIGHTS]] = self.hidden.data_ptr(), self.weight.data_ptr()
+        record[[HeadField.INPUTS, HeadField.INPUTS_STRIDE]] = self.inputs.data_ptr(), 256
+        record[[HeadField.NUM_ROWS, HeadField.LENGTH]] = 3, 32
+        record[[HeadField.NUM_OUTPUTS, HeadField.RESULTS]] = 50, self.results.data_ptr()
+
+    def run(self, team: Team, amount: int | None = None) -> torch.Tensor:
+        self.results.zero_()
+        team.run(head_callback(Kind.of(torch.float32, torch.float32)), self.record, amount)
+        return self.results.clone()
+
+
 def test_a_team_that_lost_threads_is_gathered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "find_openmp", lambda: None)
-    team = Team()
-    hidden, weight, results = torch.randn(3, 32), torch.randn(50, 32), torch.zeros(3, 50)
-    inputs = torch.zeros(3, 64)
-    record = np.zeros(HeadField.SIZE, np.int64)
-    record[[HeadField.HIDDEN_STATES, HeadField.WEIGHTS]] = hidden.data_ptr(), weight.data_ptr()
-    record[[HeadField.INPUTS, HeadField.INPUTS_STRIDE]] = inputs.data_ptr(), 256
-    record[[HeadField.NUM_ROWS, HeadField.LENGTH]] = 3, 32
-    record[[HeadField.NUM_OUTPUTS, HeadField.RESULTS]] = 50, results.data_ptr()
+    team, product = Team(), HeadProduct()
     for process in (1, 2):
         monkeypatch.setattr(threads, "os", SimpleNamespace(getpid=lambda process=process: process))
-        results.zero_()
-        team.run(head_callback(Kind.of(torch.float32, torch.float32)), record)
-        assert error(results, hidden @ weight.T) < 1e-6
+        assert error(product.run(team), product.hidden @ product.weight.T) < 1e-6
+
+
+@pytest.mark.parametrize("has_openmp", [True, False])
+def test_a_team_works_with_as_many_threads_as_its_crew_says(monkeypatch: pytest.MonkeyPatch, has_openmp: bool) -> None:
+    if not has_openmp:
+        monkeypatch.setattr(threads, "find_openmp", lambda: None)
+    seen = []
+    sizes = iter([3, 1, 2, 1, 3])
+    crew = SimpleNamespace(size=lambda _: next(sizes), observe=lambda *told: seen.append(told))
+    monkeypatch.setattr(threads, "Crew", lambda: crew)
+    team, product = Team(), HeadProduct()
+
+    results = [product.run(team, amount=7) for _ in range(5)]
+
+    assert error(results[0], product.hidden @ product.weight.T) < 1e-6
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert [amount for amount, _, _ in seen] == [7] * 5
+    assert all(seconds > 0 and 0 <= sleepiness <= 1 for _, seconds, sleepiness in seen)
+    # a thread alone waits for nobody
+    assert seen[1][2] == seen[3][2] == 0
 
 
 @torch.no_grad()
@@ -299,5 +328,6 @@ def test_a_thread_that_waits_for_long_sleeps() -> None:
     Team().run(callback, record)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     assert list(record[[RecordField.ARRIVALS, RecordField.SLEEPERS]]) == [2 * 50, 0]
+    assert 25 < record[RecordField.NUM_SLEEPS] <= 50
     # one worked, and the other did not look on all the time
     assert cpu < 1.5 * wall

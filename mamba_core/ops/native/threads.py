@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import threading
+import time
 import weakref
 from enum import IntEnum
 from typing import Any
@@ -22,6 +23,7 @@ from mamba_core.ops.machine.compiling import compiled
 from mamba_core.ops.machine.instructions import I64, call
 from mamba_core.ops.machine.memory import fetch_add, pointer, word
 from mamba_core.ops.machine.openmp import find_openmp
+from mamba_core.ops.native.crew import Crew
 
 # looks at the counter before a waiting thread leaves its core to others
 _NUM_SPINS = 2048
@@ -36,6 +38,8 @@ class RecordField(IntEnum):
     TICKETS = 0
     ARRIVALS = 16
     SLEEPERS = 24
+    # waits in which a thread slept
+    NUM_SLEEPS = 26
     # address of a C function that Linux has, 0 elsewhere
     SYSCALL = 25
     # addresses of functions of OpenMP, 0 without it
@@ -114,6 +118,8 @@ def wait_for_all(record: int, num_threads: int) -> None:
     spins = 0
     while _look(counter) < target:
         spins += 1
+        if spins == _NUM_SPINS:
+            fetch_add(record + 8 * RecordField.NUM_SLEEPS, 1)
         if spins < _NUM_SPINS:
             _pause()
         elif syscall == 0:
@@ -147,41 +153,58 @@ def find_place(record: int) -> tuple[int, int]:
 
 
 class Team:
-    """As many threads as torch uses: its own, where they are GCC's OpenMP, else threads that sleep between calls.
+    """As many threads as torch uses, or fewer where that is faster (``Crew``): torch's own, where they are GCC's
+    OpenMP, else threads that sleep between calls.
 
     torch's own go on spinning for a while after each of its operations, during which others could hardly run.
     """
 
     def __init__(self) -> None:
-        self._openmp, self._syscall = find_openmp(), _find_syscall()
+        self._openmp, self._syscall, self._crew = find_openmp(), _find_syscall(), Crew()
         self._helpers: list[_Helper] = []
         self._process = os.getpid()
         weakref.finalize(self, _dismiss, self._helpers)
 
-    def run(self, function: Any, record: np.ndarray) -> None:
-        """Call a numba callback with the address of a record in each thread, and wait for all of them."""
-        num_threads, address = torch.get_num_threads(), record.ctypes.data
-        record[[RecordField.TICKETS, RecordField.ARRIVALS, RecordField.SLEEPERS]] = 0
+    def run(self, function: Any, record: np.ndarray, amount: int | None = None) -> None:
+        """Call a numba callback with the address of a record in each thread, and wait for all of them.
+
+        amount: of work, if the team may learn from its time how many threads are worth having.
+        """
+        num_threads = self._crew.size(torch.get_num_threads())
+        record[[RecordField.TICKETS, RecordField.ARRIVALS, RecordField.SLEEPERS, RecordField.NUM_SLEEPS]] = 0
         record[RecordField.SYSCALL] = self._syscall
         record[RecordField.NUM_THREADS] = num_threads
-        if self._openmp is not None:
+        start = time.perf_counter()
+        self._call(function, record, num_threads)
+        if amount is not None:
+            waits = int(record[RecordField.ARRIVALS]) * (num_threads - 1) // num_threads
+            sleepiness = int(record[RecordField.NUM_SLEEPS]) / max(1, waits)
+            self._crew.observe(amount, time.perf_counter() - start, sleepiness)
+
+    def _call(self, function: Any, record: np.ndarray, num_threads: int) -> None:
+        address = record.ctypes.data
+        if self._openmp is not None and num_threads > 1:
             record[RecordField.NUMBER_THREAD] = self._openmp.number_thread
             record[RecordField.COUNT_THREADS] = self._openmp.count_threads
             self._openmp.run(function.address, address, num_threads)
             return
-        self._gather(num_threads - 1)
-        for helper in self._helpers:
+        # a thread alone, or helpers of ours, take their places from the record
+        record[[RecordField.NUMBER_THREAD, RecordField.COUNT_THREADS]] = 0
+        helpers = self._gather(num_threads - 1)
+        for helper in helpers:
             helper.start(function, address)
         function.ctypes(address)
-        for helper in self._helpers:
+        for helper in helpers:
             helper.wait()
 
-    def _gather(self, num_helpers: int) -> None:
+    def _gather(self, num_helpers: int) -> list[_Helper]:
         # a fork has none of its parent's threads
-        if len(self._helpers) != num_helpers or self._process != os.getpid():
+        if self._process != os.getpid():
             _dismiss(self._helpers)
-            self._helpers[:] = [_Helper() for _ in range(num_helpers)]
+            self._helpers.clear()
             self._process = os.getpid()
+        self._helpers += [_Helper() for _ in range(num_helpers - len(self._helpers))]
+        return self._helpers[:num_helpers]
 
 
 def _find_syscall() -> int:
