@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba_core import ops
+
 if TYPE_CHECKING:
     from mamba_core.modeling_mamba import MambaForCausalLM
 
@@ -31,7 +33,11 @@ class Int8Linear(nn.Module):
         self.register_parameter("bias", linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [*, K] -> [*, N] in x's dtype; what int8 holds is exact in it."""
+        """x [*, K] -> [*, N] in x's dtype."""
+        if ops.has_machine_code(x):
+            from mamba_core.ops.numba_ops import quantized
+
+            return F.linear(x, quantized.dequantize(self.weight, self.scales, x.dtype), self.bias)
         y = F.linear(x, self.weight.to(x.dtype)).float() * self.scales
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 

@@ -42,7 +42,7 @@ def _backend(x: Tensor, *others: Tensor | None) -> ModuleType:
         from mamba_core.ops import triton
 
         return triton
-    if _has_machine_code(x) and not (
+    if has_machine_code(x) and not (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
     ):
         from mamba_core.ops import numba_ops
@@ -53,7 +53,7 @@ def _backend(x: Tensor, *others: Tensor | None) -> ModuleType:
     return cpu
 
 
-def _has_machine_code(x: Tensor) -> bool:
+def has_machine_code(x: Tensor) -> bool:
     """Whether numba makes code for such tensors; it is not everywhere where torch is."""
     return (
         x.device.type == "cpu"

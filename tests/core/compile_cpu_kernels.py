@@ -14,17 +14,18 @@ from tests.compiling import print_records
 from tests.core.cpu_targets import PLAIN_KINDS, program_of, programs_kept
 
 TARGETS = {"neoverse-v1": "aarch64-unknown-linux-gnu", "apple-m1": "arm64-apple-darwin"}
-# lines of 128 bits or more that are multiplied and added up
-_VECTORS = re.compile(r"\bfmla\s+(v\d+\.4s|z\d+\.s)|\bfmla\.4s\b")
+# 128 bits or more that are multiplied
+_VECTORS = re.compile(r"\bfm(?:la|ul)\s+(v\d+\.4s|z\d+\.s)|\bfm(?:la|ul)\.4s\b")
 # functions of numba's, of Python's and our own are called as well
 _CALL = re.compile(r"\bbl\s+(?!_*(?:NRT_|Py|numba|ZN))_?(\w+)")
 
 
 def callbacks() -> dict[str, Any]:
     # made when they are imported
-    from mamba_core.ops.numba_ops import conv, norm, scan
+    from mamba_core.ops.numba_ops import conv, norm, quantized, scan
 
     found = {"scan": scan._scan_tasks, "conv": conv._conv_tasks, "norm": norm._norm_tasks}
+    found["dequantize"] = quantized._widen_tasks
     for kind in PLAIN_KINDS:
         name = "int8" if kind.is_int8 else "float32" if kind.is_float32 else "bfloat16"
         found |= {f"step {name}": step_callback(kind), f"head {name}": head_callback(kind)}

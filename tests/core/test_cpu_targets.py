@@ -13,7 +13,7 @@ from mamba_core import cpu_step
 from mamba_core.cpu_step import CpuStep
 from mamba_core.ops import cpu, numba_ops
 from mamba_core.ops.native.callbacks import step_callback
-from mamba_core.ops.numba_ops import conv, norm, scan
+from mamba_core.ops.numba_ops import conv, norm, quantized, scan
 from tests.compiling import records_of
 from tests.core.cpu_targets import PLAIN_KINDS, Loaded, loaded_head, loaded_step, program_of
 from tests.core.ops_cases import error_ratio, make_conv, make_scan, poison_memory
@@ -22,8 +22,8 @@ from tests.core.step_cases import SHAPES, MakeModel, check_int8_step, check_step
 pytestmark = pytest.mark.slow
 
 # each with an instruction by which it is known, and one that it has not
-X86 = {"x86-64-v2": ("mulps\t%xmm", "ymm"), "haswell": ("vfmadd", "zmm")}
-TASKS = ((scan, "_scan_tasks"), (conv, "_conv_tasks"), (norm, "_norm_tasks"))
+X86 = {"x86-64-v2": ("mulps\t%xmm", "ymm"), "haswell": ("%ymm", "zmm")}
+TASKS = ((scan, "_scan_tasks"), (conv, "_conv_tasks"), (norm, "_norm_tasks"), (quantized, "_widen_tasks"))
 
 
 @pytest.fixture(params=list(X86))
@@ -81,6 +81,9 @@ def test_ops_equal_torch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) ->
             state, expected = case.state.clone(), case.state.clone()
             assert error_ratio(case.run(numba_ops, state), case.run(cpu, expected)) < tolerance
             assert error_ratio(state, expected) < tolerance
+        weight = torch.randint(-127, 128, (40, num_channels), dtype=torch.int8)
+        scales = torch.rand(40)
+        assert torch.equal(quantized.dequantize(weight, scales, dtype), (weight * scales[:, None]).to(dtype))
         x = torch.randn(20, num_channels).to(dtype)
         weight = torch.randn(num_channels)
         assert error_ratio(numba_ops.rms_norm(x, weight, 1e-5), cpu.rms_norm(x, weight, 1e-5)) < tolerance

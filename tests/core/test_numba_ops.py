@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mamba_core import ops
 from mamba_core.ops import Packing, cpu, numba_ops
 from mamba_core.ops.numba_ops import team
+from mamba_core.ops.numba_ops.quantized import dequantize
 from tests.core.ops_cases import error_ratio, make_conv, make_scan, poison_memory
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,34 @@ def test_rows_that_are_no_vectors_are_refused() -> None:
     packing = replace(case.packing, slots=case.packing.slots[:1])
     with pytest.raises(ValueError, match=r"\(1,\) and \(3,\)"):
         replace(case, packing=packing).run(numba_ops, case.state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_outputs", "length"), [(1, 1), (3, 31), (130, 16), (70, 1537), (0, 5)])
+@pytest.mark.usefixtures("three_threads")
+def test_int8_becomes_what_it_stands_for(
+    monkeypatch: pytest.MonkeyPatch, num_outputs: int, length: int, dtype: torch.dtype
+) -> None:
+    weight = torch.randint(-127, 128, (num_outputs, length), dtype=torch.int8)
+    scales = torch.rand(num_outputs)
+    expected = (weight.float() * scales[:, None]).to(dtype)
+    poison_memory(monkeypatch)
+    assert torch.equal(dequantize(weight, scales, dtype), expected)
+    turned = weight.T.contiguous().T
+    assert torch.equal(
+        dequantize(turned, scales.bfloat16(), dtype), dequantize(weight, scales.bfloat16().float(), dtype)
+    )
+
+
+def test_only_int8_is_dequantized() -> None:
+    weight, scales = torch.zeros(3, 4, dtype=torch.int8), torch.ones(3)
+    for wrong in (
+        (weight.short(), scales, torch.float32),
+        (weight, scales, torch.float16),
+        (weight, scales[:2], torch.float32),
+    ):
+        with pytest.raises(ValueError, match=r"int8|scales"):
+            dequantize(*wrong)
 
 
 def test_whoever_learns_gets_torch(monkeypatch: pytest.MonkeyPatch) -> None:
