@@ -68,7 +68,7 @@ def test_all_threads_come_back_when_the_machine_is_quiet_again() -> None:
     machine.seconds, machine.sleepiness = quiet, 0.0
 
     # within the longest pause between two trials
-    machine.run(round(2.5 / quiet(1)))
+    machine.run(round(4.5 / quiet(1)))
 
     assert set(machine.run(500)) == {2}
 

@@ -12,12 +12,13 @@ from collections.abc import Callable
 
 # steps that are compared, and those before them that only warm the new threads up
 _COMPARED, _IGNORED = 3, 1
-# share of waits in which a thread fell asleep that makes fewer threads worth a trial; on a quiet machine it is near 0
-_SLEEPY = 0.25
+# share of waits in which a thread fell asleep that makes fewer threads worth a trial: nearly 0 on a quiet machine, 0.7
+# and more beside a busy core
+_SLEEPY = 0.5
 # what a change must gain
 _GAIN = 0.97
 # seconds between trials, and at most so many after trials in vain
-_PAUSE, _LONGEST_PAUSE = 0.5, 2.0
+_PAUSE, _LONGEST_PAUSE = 0.5, 4.0
 
 
 class Crew:
