@@ -10,7 +10,8 @@ from pathlib import Path
 from app.api import middleware
 from app.api.protocol import ConnectionLimits
 from app.cli import shown_default
-from app.schemas import generation
+from app.engine import grammars
+from app.schemas import generation, output_format, token_rules
 from app.serving.limits import ServingLimits
 from app.settings import Settings, flag_name
 
@@ -103,9 +104,24 @@ def _field_limits() -> tuple[Limit, ...]:
         ("`stop_token_ids`: ids", generation.MAX_STOP_TOKEN_IDS),
         ("`logit_bias`: ids", generation.MAX_LOGIT_BIAS),
         ("`model`: characters", generation.MAX_NAME_CHARACTERS),
-        ("`echo` with `logprobs`: prompt tokens x alternatives", ServingLimits().max_prompt_logprobs),
+        ("`allowed_token_ids`: ids", token_rules.MAX_ALLOWED_TOKEN_IDS),
+        ("`bad_words`: strings", token_rules.MAX_BAD_WORDS),
+        ("`bad_words`: characters of a string", token_rules.MAX_BAD_WORD_CHARACTERS),
+        ("`session_id`: characters", token_rules.MAX_SESSION_CHARACTERS),
+        ("`cache_salt`: characters", token_rules.MAX_SALT_CHARACTERS),
+        ("`structured_outputs.choice`: strings", output_format.MAX_CHOICES),
+        ("`response_format.json_schema.name`: characters", output_format.MAX_FORMAT_NAME_CHARACTERS),
+        ("bytes of a JSON schema, regular expression, list of choices or grammar", grammars.MAX_SOURCE_BYTES),
+        (
+            "log-probabilities of prompts in an answer that is not streamed: prompt tokens x (`logprobs` + 1) x `n`",
+            ServingLimits().max_prompt_logprobs,
+        ),
     )
-    return tuple(Limit(what, "400", value=str(value)) for what, value in fixed)
+    waiting = ServingLimits().max_waiting_bytes
+    return (
+        *(Limit(what, "400", value=str(value)) for what, value in fixed),
+        Limit("bytes of a prompt's log-probabilities that wait in a stream", "an error event", value=str(waiting)),
+    )
 
 
 def main() -> int:

@@ -71,6 +71,18 @@ class CompletionRequest(GenerationFields):
         default=None, ge=0, le=20, description="log-probability of each token, and of this many likeliest beside it"
     )
     echo: bool = Field(default=False, description="start each choice with the prompt")
+    best_of: int | None = Field(
+        default=None,
+        ge=1,
+        le=INT32_MAX,
+        description="samples to generate per prompt, of which the `n` with the highest log-probability per token are "
+        "answered, best first; all are counted in `usage`; at least `n`, up to the operator's limit; not with `stream`",
+    )
+    suffix: str | None = Field(
+        default=None,
+        description="text that comes after what is generated, where the tokenizer has tokens to fill in the middle; "
+        "only with prompts of text, not with `echo` or `truncate_prompt_tokens`; empty means none",
+    )
     add_special_tokens: bool = Field(
         default=True, description="let the tokenizer add what it adds by itself to a text prompt, such as a first token"
     )
@@ -80,6 +92,31 @@ class CompletionRequest(GenerationFields):
         if self.max_tokens == 0 and not self.echo:
             raise BodyError("'max_tokens' should be at least 1 unless 'echo' is true", "max_tokens")
         return self
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of < self.n:
+            raise BodyError(f"'best_of' should be at least 'n', which is {self.n}", "best_of")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise BodyError("'best_of' above 'n' is not allowed when 'stream' is true", "best_of")
+        return self
+
+    @model_validator(mode="after")
+    def _check_suffix(self) -> CompletionRequest:
+        if not self.suffix:
+            return self
+        if isinstance(self.prompt[0], (int, list)):
+            raise BodyError("'suffix' needs a 'prompt' of text", "suffix")
+        if self.echo:
+            raise BodyError("'suffix' is not allowed when 'echo' is true", "suffix")
+        if self.truncate_prompt_tokens is not None:
+            raise BodyError("'suffix' is not allowed together with 'truncate_prompt_tokens'", "suffix")
+        return self
+
+    @property
+    def num_samples(self) -> int:
+        """Samples to generate per prompt."""
+        return self.n if self.best_of is None else self.best_of
 
 
 class CompletionLogprobs(BaseModel):
@@ -91,6 +128,14 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int] = Field(description="where each token's text starts in the choice's text, in characters")
 
 
+class PromptLogprob(BaseModel):
+    """What a token was worth at a place of the prompt."""
+
+    logprob: float = Field(description="natural logarithm")
+    rank: int | None = Field(description="1 for the likeliest; null for a prompt token that is not among the asked for")
+    decoded_token: str = Field(description="the token's text; `bytes:` and escapes for a part of a character")
+
+
 class CompletionChoice(BaseModel):
     """One continuation; `index` is prompt number x `n` + sample number."""
 
@@ -99,6 +144,17 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None = Field(default=None, description="null unless asked for")
     finish_reason: Literal["stop", "length"] | None = Field(default=None, description="null while a stream goes on")
     stop_reason: int | str | None = Field(default=None, description="the stop string or token id; null for end-of-text")
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
+        default=None,
+        description="with the field of this name: for each prompt token itself and the likeliest, by their ids; "
+        "null for the first",
+    )
+    prompt_token_ids: list[int] | None = Field(
+        default=None, description="with `return_token_ids`: of the prompt; in a stream in each choice's first chunk"
+    )
+    token_ids: list[int] | None = Field(
+        default=None, description="with `return_token_ids`: of what was generated, its stop token included"
+    )
 
 
 class Completion(BaseModel):

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
 
 from app.schemas.json import BodyError
-from app.schemas.wire import INT32_MAX, INT64_MAX, INT64_MIN, WireModel, refuse
+from app.schemas.output_format import OutputFields
+from app.schemas.token_rules import MAX_SALT_CHARACTERS, AllowedTokenIds, BadWords, SessionId, Truncation
+from app.schemas.wire import INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN, WireModel, refuse
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
@@ -90,7 +92,7 @@ class StreamOptions(WireModel):
     )
 
 
-class GenerationFields(WireModel):
+class GenerationFields(OutputFields):
     """Null means the same as leaving a field out; unknown fields are ignored."""
 
     model: ModelName = Field(default=None, description="name of the model; the served one when left out")
@@ -116,7 +118,9 @@ class GenerationFields(WireModel):
         Field(default=[], description="token ids that end a choice, beside end-of-text")
     )
     include_stop_str_in_output: bool = Field(default=False, description="keep the stop string or stop token's text")
-    ignore_eos: bool = Field(default=False, description="go on after end-of-text")
+    ignore_eos: bool = Field(
+        default=False, description="go on after end-of-text; an output that is held to a form ends when it is complete"
+    )
     skip_special_tokens: bool = Field(default=True, description="leave special tokens out of the text")
     presence_penalty: float = Field(
         default=0.0, ge=-2, le=2, description="taken once from the logit of every token generated already"
@@ -136,12 +140,58 @@ class GenerationFields(WireModel):
     seed: int | None = Field(
         default=None, ge=INT64_MIN, le=INT64_MAX, description="the same seed gives the same tokens; drawn when left out"
     )
+    min_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=INT32_MAX,
+        description="no end-of-text, stop token or stop string ends a choice before it has this many tokens; "
+        "at most as many as may be generated",
+    )
+    allowed_token_ids: AllowedTokenIds = Field(default=None, description="draw from these token ids alone")
+    bad_words: BadWords = Field(
+        default=[], description="words that are never generated, neither at a text's beginning nor after a space"
+    )
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="log-probability of each prompt token, and of this many likeliest beside it; not with `stream`",
+    )
+    return_token_ids: bool = Field(default=False, description="tell the ids of the prompt's and the output's tokens")
+    return_tokens_as_token_ids: bool = Field(
+        default=False, description="name tokens in log-probabilities `token_id:123` instead of by their text"
+    )
+    truncate_prompt_tokens: Truncation = Field(
+        default=None,
+        description="keep this many tokens of a prompt, the last ones; -1: as many as the operator's limit "
+        "of length leaves beside the output",
+    )
+    priority: int = Field(
+        default=0,
+        ge=INT32_MIN,
+        le=INT32_MAX,
+        description="of the requests that wait, those with the lowest number begin first",
+    )
+    cache_salt: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_SALT_CHARACTERS,
+        description="requests share computed prompts only with those of the same salt; "
+        "no effect, as no two requests share any",
+    )
+    session_id: SessionId = Field(
+        default=None,
+        description="a name for the conversation that this request is a part of, told in the server's log "
+        "and in the answer's `X-Session-ID`; the request's header of that name does the same where this is left out",
+    )
     user: str | None = Field(default=None, description="who asks, in the client's words; not interpreted")
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationFields:
         if self.stream_options is not None and not self.stream:
             raise BodyError("'stream_options' is allowed only when 'stream' is true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise BodyError("'prompt_logprobs' is not allowed when 'stream' is true", "prompt_logprobs")
         return self
 
 

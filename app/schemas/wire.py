@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from app.schemas.json import BodyError, parse_object
 
-INT32_MAX = 2**31 - 1
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from app.engine.interface import EngineError
 from app.engine.request import Event, FinishReason, PromptLogprobsEvent, TokenEvent
 from app.serving.detokenizer import make_detokenizer
-from app.serving.errors import RequestError
+from app.serving.errors import ClientTooSlow, RequestError
 from app.serving.failures import request_error, token_failure
 from app.serving.forms import ChoicePart
-from app.serving.logprobs import LogprobEntry
+from app.serving.logprobs import LogprobEntry, PromptScores
 from app.serving.prepared import PreparedCompletion, PreparedPrompt
-from app.serving.stops import StopMatcher
+from app.serving.scores import PromptScorer
+from app.serving.stops import LateMatcher, StopMatcher
 from app.serving.tokenizer import Tokenizer
 
 
@@ -33,12 +34,18 @@ class Choice:
         "_detokenizer",
         "_entries",
         "_given",
+        "_is_prompt_owed",
         "_matcher",
         "_on_arrival",
         "_prepared",
         "_prompt",
-        "_texts",
+        "_prompt_scores",
         "_push",
+        "_scorer",
+        "_texts",
+        "_token_ids",
+        "_total_logprob",
+        "_waiting_bytes",
         "failure",
         "finish_reason",
         "index",
@@ -55,6 +62,7 @@ class Choice:
         prompt: PreparedPrompt,
         tokenizer: Tokenizer,
         on_arrival: Callable[[Choice], None],
+        scorer: PromptScorer | None = None,
     ) -> None:
         self.index = index
         self.num_tokens = 0
@@ -70,16 +78,32 @@ class Choice:
         self._detokenizer = make_detokenizer(
             tokenizer, prompt.request.prompt_token_ids, skip_special_tokens=prepared.is_special_skipped
         )
-        self._push = self._detokenizer.push
-        self._matcher = (
-            StopMatcher(prepared.stops, include_in_output=prepared.is_stop_included) if prepared.stops else None
-        )
+        self._push: Callable[[int], str] = self._detokenizer.push
+        self._matcher: StopMatcher | LateMatcher | None = None
+        if prepared.stops:
+            self._matcher = StopMatcher(prepared.stops, include_in_output=prepared.is_stop_included)
+            if prepared.min_tokens:
+                self._matcher = LateMatcher(self._matcher)
+                self._push = _waking(self._push, self._matcher, prepared.min_tokens)
+        # those that have not been told yet
+        self._token_ids: list[int] | None = None
+        if prepared.has_token_ids:
+            self._token_ids = []
+            self._push = _recording(self._push, self._token_ids)
+        self._is_prompt_owed = prepared.has_token_ids
+        self._total_logprob = 0.0
         self._texts = [prompt.echo_text] if prompt.echo_text else []
         # characters decoded and let out; between the two lies what may become a stop string
         self._decoded = self._given = len(prompt.echo_text)
         self._entries: deque[LogprobEntry] = deque()
-        if prompt.echo_offsets:
-            self._entries.append(LogprobEntry(prompt.request.prompt_token_ids[0], 0, None))
+        self._scorer = scorer
+        self._prompt_scores = [scorer.first] if scorer is not None else []
+        self._waiting_bytes = 0
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the tokens so far, where the engine tells them."""
+        return self._total_logprob / max(1, self.num_tokens)
 
     def on_token(self, token_id: int) -> None:
         arrived = self._arrived
@@ -129,13 +153,41 @@ class Choice:
         entries = []
         while self._entries and (self.finish_reason is not None or self._entries[0].offset < self._given):
             entries.append(self._entries.popleft())
-        return ChoicePart(self.index, self.take_text(), entries, self._given, self.finish_reason, self.stop_reason)
+        return ChoicePart(
+            self.index,
+            self.take_text(),
+            entries,
+            self._given,
+            self.finish_reason,
+            self.stop_reason,
+            self._take_scores(),
+            *self._take_ids(),
+        )
+
+    def _take_scores(self) -> Sequence[PromptScores]:
+        if not self._prompt_scores:
+            return ()
+        scores, self._prompt_scores, self._waiting_bytes = self._prompt_scores, [], 0
+        return scores
+
+    def _take_ids(self) -> tuple[list[int] | None, Sequence[int] | None]:
+        """Ids of the output and, the first time, of the prompt."""
+        if self._token_ids is None:
+            return None, None
+        ids, is_first = self._token_ids.copy(), self._is_prompt_owed
+        self._token_ids.clear()
+        self._is_prompt_owed = False
+        return ids, self._prompt.request.prompt_token_ids if is_first else None
 
     def _take_prompt_logprobs(self, event: PromptLogprobsEvent) -> None:
-        ids, offsets = self._prompt.request.prompt_token_ids, self._prompt.echo_offsets
-        if offsets:
-            for position, logprobs in enumerate(event.logprobs, event.start):
-                self._entries.append(LogprobEntry(ids[position], offsets[position], logprobs))
+        if self._scorer is None:
+            return
+        scores = self._scorer.take(event)
+        self._prompt_scores.append(scores)
+        self._waiting_bytes += sum(map(len, scores))
+        limit = self._prepared.max_waiting_bytes
+        if limit is not None and self._waiting_bytes > limit:
+            self._fail(ClientTooSlow("the client reads more slowly than its prompt is scored"))
 
     def _take_event(self, event: TokenEvent) -> None:
         failure = token_failure(event)
@@ -161,6 +213,10 @@ class Choice:
         offset = self._decoded
         if not is_hidden:
             self._let_out(self._push(token_id))
+        elif self._token_ids is not None:
+            self._token_ids.append(token_id)
+        if event.logprobs is not None:
+            self._total_logprob += event.logprobs.logprob
         if self._prepared.logprobs is not None:
             self._entries.append(LogprobEntry(token_id, offset, event.logprobs))
 
@@ -193,3 +249,27 @@ class Choice:
     def _fail(self, failure: RequestError) -> None:
         self.failure = failure
         self.is_over = True
+
+
+# functions instead of methods: a choice that refers to itself stays in memory for long
+def _recording(push: Callable[[int], str], token_ids: list[int]) -> Callable[[int], str]:
+    """Note each token that is pushed."""
+
+    def record(token_id: int) -> str:
+        token_ids.append(token_id)
+        return push(token_id)
+
+    return record
+
+
+def _waking(push: Callable[[int], str], matcher: LateMatcher, min_tokens: int) -> Callable[[int], str]:
+    """Let the matcher see the text of the tokens after the first ``min_tokens``."""
+    num_pushed = 0
+
+    def wake(token_id: int) -> str:
+        nonlocal num_pushed
+        num_pushed += 1
+        matcher.is_awake = num_pushed > min_tokens
+        return push(token_id)
+
+    return wake

@@ -44,7 +44,7 @@ class CompletionService:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model_names = tuple(model_names)
-        self._translator = Translator(tokenizer, Preparation(limits or ServingLimits()))
+        self._translator = Translator(tokenizer, Preparation(limits or ServingLimits(), tokenizer))
         self._turns = Turns(observer)
 
     def job(self, body: CompletionRequest) -> Job:

@@ -5,6 +5,7 @@ RequestError
     UnsupportedParameter    400  a field that is known, but not served
     ContextLengthExceeded   400  longer than the operator allows
   ModelNotFound             404
+  ClientTooSlow             408  what was asked for piles up, as nobody reads it
   Overloaded                429  healthy, but full; with ``retry_after``
   Unavailable               503  loading, draining or without an engine; with ``retry_after``
   ServerFailure             500  our fault; the next request works
@@ -79,6 +80,14 @@ class ModelNotFound(RequestError):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the model {quote(name)} does not exist", param="model")
+
+
+class ClientTooSlow(RequestError):
+    """What was asked for piles up, as nobody reads it."""
+
+    status = 408
+    type = "timeout_error"
+    code = "client_too_slow"
 
 
 class Overloaded(RequestError):

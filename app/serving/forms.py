@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from app.serving.logprobs import LogprobEntry
+from app.serving.logprobs import LogprobEntry, PromptScores
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,8 @@ class ChoicePart:
     """What came of a choice since it was asked for last, or all of it.
 
     end: length of the choice's text up to now, in characters. finish_reason: None while the choice goes on.
+    prompt_scores: log-probabilities of the prompt. token_ids: of what was generated, None unless asked for.
+    prompt_token_ids: beside them, in the first part of a choice.
     """
 
     index: int
@@ -22,11 +24,14 @@ class ChoicePart:
     end: int
     finish_reason: str | None
     stop_reason: int | str | None
+    prompt_scores: Sequence[PromptScores] = ()
+    token_ids: Sequence[int] | None = None
+    prompt_token_ids: Sequence[int] | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to tell."""
-        return not self.text and not self.entries and self.finish_reason is None
+        return not (self.text or self.entries or self.finish_reason or self.prompt_scores or self.token_ids)
 
 
 class Encoder(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from app.schemas.completions import CompletionRequest
+from app.serving.output_format import is_constrained
 from app.serving.prepared import PreparedCompletion
 from app.serving.preparing import Target
 from app.serving.translate import Translator, num_sequences, split_prompts
@@ -61,7 +62,12 @@ class CompletionJob:
 
     @property
     def is_short(self) -> bool:
-        return sum(map(len, split_prompts(self.body))) <= _SHORT
+        body = self.body
+        if is_constrained(body):
+            return False
+        prompts = split_prompts(body)
+        num_extra = len(body.suffix or "") * len(prompts) + sum(map(len, body.bad_words))
+        return sum(map(len, prompts)) + num_extra <= _SHORT
 
     def prepare(self, request_id: str) -> PreparedCompletion:
         return self.translator.translate(self.body, self.find_target(self.body.model), request_id)

@@ -10,11 +10,13 @@ class ServingLimits:
     """Bounds of one request; what is beyond them is refused before the engine hears of it.
 
     max_model_len: most tokens of prompt plus output, None for no limit. max_prompts: prompts in one request.
-    max_n: continuations of one prompt. max_prompt_logprobs: numbers that ``echo`` with ``logprobs`` may ask for over
-    all prompts and alternatives, since each of them is kept in memory until it is sent.
+    max_n: continuations of one prompt. max_prompt_logprobs: log-probabilities of prompt tokens in an answer that is not
+    streamed, over all prompts, alternatives and choices, since it is kept in memory as JSON until it is whole.
+    max_waiting_bytes: the same of a stream, as JSON that waits for a client to read.
     """
 
     max_model_len: int | None = None
     max_prompts: int = 16
     max_n: int = 16
-    max_prompt_logprobs: int = 500_000
+    max_prompt_logprobs: int = 4_000_000
+    max_waiting_bytes: int = 64 * 2**20

@@ -9,8 +9,7 @@ from typing import Any
 import orjson
 
 from app.serving.forms import ChoicePart
-from app.serving.logprobs import logprobs_object
-from app.serving.tokenizer import Tokenizer
+from app.serving.logprobs import PromptScores, TokenName, logprobs_object
 
 _REST = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
 
@@ -51,33 +50,66 @@ def usage_object(num_prompt_tokens: int, num_generated_tokens: int) -> dict[str,
 
 @dataclass(frozen=True, slots=True)
 class CompletionForm:
-    """Answers of ``/v1/completions``. num_choices: how many an answer has. has_usage_chunk: whether a stream ends with
-    usage. has_continuous_usage: whether each chunk of it tells usage.
+    """Answers of ``/v1/completions``. name: how log-probabilities show tokens. num_choices: how many an answer has.
+    has_usage_chunk: whether a stream ends with usage. has_continuous_usage: whether each chunk of it tells usage.
+    has_token_ids: whether tokens are told by their ids as well.
     """
 
     head: AnswerHead
-    tokenizer: Tokenizer
+    name: TokenName
     num_choices: int
     has_logprobs: bool
     has_usage_chunk: bool
     has_continuous_usage: bool
+    has_token_ids: bool = False
 
     def encoder(self, frame: tuple[bytes, bytes]) -> ChunkEncoder:
         return ChunkEncoder(self, frame)
 
     def answer(self, parts: Sequence[ChoicePart], usage: dict[str, Any]) -> bytes:
-        choices = [self.choice(part, self.has_logprobs) for part in parts]
-        return orjson.dumps({**self.head.fields("text_completion"), "choices": choices, "usage": usage})
+        start = orjson.dumps(self.head.fields("text_completion"))[:-1] + b',"choices":['
+        pieces = [start]
+        for part in parts:
+            pieces += (*self.choice(part, self.has_logprobs), b",")
+        pieces[-1] = b'],"usage":%b}' % orjson.dumps(usage)
+        return b"".join(pieces)
 
-    def choice(self, part: ChoicePart, has_logprobs: bool) -> dict[str, Any]:
-        """A choice, or what came of it."""
-        return {
-            "index": part.index,
-            "text": part.text,
-            "logprobs": logprobs_object(part.entries, self.tokenizer, part.end) if has_logprobs else None,
-            "finish_reason": part.finish_reason,
-            "stop_reason": part.stop_reason,
-        }
+    def choice(self, part: ChoicePart, has_logprobs: bool) -> list[bytes]:
+        """A choice, or what came of it, as JSON in pieces."""
+        own = logprobs_object(part.entries, self.name, part.end) if has_logprobs else None
+        choice: dict[str, Any] = {"index": part.index, "text": part.text}
+        end: dict[str, Any] = {"finish_reason": part.finish_reason, "stop_reason": part.stop_reason}
+        if part.token_ids is not None:
+            end["token_ids"] = part.token_ids
+        if part.prompt_token_ids is not None:
+            end["prompt_token_ids"] = part.prompt_token_ids
+        if not part.prompt_scores:
+            return [orjson.dumps({**choice, "logprobs": own, **end})]
+        pieces = [orjson.dumps(choice)[:-1], b',"logprobs":', *_joined_logprobs(part.prompt_scores, own), b","]
+        if part.prompt_scores[0].prompt_logprobs:
+            pieces += (b'"prompt_logprobs":[', *prompt_logprobs_members(part.prompt_scores), b"],")
+        return [*pieces, orjson.dumps(end)[1:]]
+
+
+def prompt_logprobs_members(scores: Sequence[PromptScores]) -> list[bytes]:
+    """What stands in the list of that name, in pieces. There is at least one slice."""
+    return _separated([slice_.prompt_logprobs for slice_ in scores])
+
+
+def _joined_logprobs(scores: Sequence[PromptScores], own: dict[str, list[Any]] | None) -> list[bytes]:
+    """The lists of the prompt, each followed by that of the output."""
+    if own is None:
+        return [b"null"]
+    pieces = [b"{"]
+    for name, values in own.items():
+        members = [*(getattr(slice_, name) for slice_ in scores), orjson.dumps(values)[1:-1]]
+        pieces += (b'"%b":[' % name.encode(), *_separated([each for each in members if each]), b"],")
+    pieces[-1] = b"]}"
+    return pieces
+
+
+def _separated(members: list[bytes]) -> list[bytes]:
+    return [piece for each in members for piece in (each, b",")][:-1]
 
 
 class ChunkEncoder:
@@ -86,7 +118,7 @@ class ChunkEncoder:
     __slots__ = ("_end", "_form", "_frame", "_head", "_starts", "is_plain")
 
     def __init__(self, form: CompletionForm, frame: tuple[bytes, bytes]) -> None:
-        self.is_plain = not form.has_logprobs and not form.has_continuous_usage
+        self.is_plain = not form.has_logprobs and not form.has_continuous_usage and not form.has_token_ids
         self._form = form
         # without its closing brace
         self._head = frame[0] + orjson.dumps(form.head.fields("text_completion"))[:-1]
@@ -98,8 +130,8 @@ class ChunkEncoder:
         return b"%b%b%b" % (self._starts[index], orjson.dumps(text), self._end)
 
     def full_chunk(self, part: ChoicePart, usage: dict[str, Any] | None) -> bytes:
-        choice = self._form.choice(part, self._form.has_logprobs and bool(part.entries))
-        return b"".join((self._head, b',"choices":[', orjson.dumps(choice), b"]", self._tail(usage)))
+        choice = self._form.choice(part, self._form.has_logprobs and bool(part.entries or part.prompt_scores))
+        return b"".join((self._head, b',"choices":[', *choice, b"]", self._tail(usage)))
 
     def ending(self, usage: dict[str, Any]) -> bytes:
         if not self._form.has_usage_chunk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.engine.request import GenerationRequest
@@ -18,7 +19,7 @@ class PreparedPrompt:
 
     request: GenerationRequest
     echo_text: str = ""
-    echo_offsets: tuple[int, ...] = ()
+    echo_offsets: Sequence[int] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -30,7 +31,10 @@ class PreparedCompletion:
     """Everything that running one request needs.
 
     form: how it is answered. started: ``time.monotonic`` when preparing began. logprobs: None or the number of
-    alternatives. end_of_text_ids: stop tokens that are no ``stop_reason``.
+    alternatives. end_of_text_ids: stop tokens that are no ``stop_reason``. n: samples per prompt, of which the
+    ``num_best`` likeliest are answered, or all. prompt_logprobs: None or the number of alternatives for the tokens of
+    the prompt, told beside the choice. names_ids: log-probabilities name tokens by their ids. min_tokens: before so
+    many nothing is a stop string.
     """
 
     form: AnswerForm
@@ -44,6 +48,12 @@ class PreparedCompletion:
     is_special_skipped: bool
     is_stream: bool
     has_continuous_usage: bool
+    num_best: int | None = None
+    prompt_logprobs: int | None = None
+    has_token_ids: bool = False
+    names_ids: bool = False
+    min_tokens: int = 0
+    max_waiting_bytes: int | None = None
 
     @property
     def num_sequences(self) -> int:

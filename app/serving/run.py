@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from app.engine.interface import EngineClient, EngineError
+from app.serving.best import best_parts
 from app.serving.choices import Choice
 from app.serving.errors import RequestError, ServerFailure
 from app.serving.failures import request_error
@@ -16,6 +17,7 @@ from app.serving.observer import CompletionObserver
 from app.serving.outlet import Outlet
 from app.serving.payloads import usage_object
 from app.serving.prepared import PreparedCompletion
+from app.serving.scores import make_scorer
 from app.serving.tokenizer import Tokenizer
 from app.serving.turns import Turns
 
@@ -80,8 +82,10 @@ class CompletionRun:
         self._touched: list[Choice] = []
         self._changed: dict[Choice, None] = {}
         self._choices = [
-            Choice(i * prepared.n + sample, prepared, prompt, tokenizer, self._on_arrival)
-            for i, prompt in enumerate(prepared.prompts)
+            Choice(i * prepared.n + sample, prepared, prompt, tokenizer, self._on_arrival, scorer)
+            for i, (prompt, scorer) in enumerate(
+                (prompt, make_scorer(prepared, prompt, tokenizer)) for prompt in prepared.prompts
+            )
             for sample in range(prepared.n)
         ]
         self._num_unfinished = len(self._choices)
@@ -99,7 +103,12 @@ class CompletionRun:
 
     def answer(self) -> bytes:
         """The whole answer as JSON, once it is done."""
-        return self._prepared.form.answer([choice.take() for choice in self._choices], self._usage())
+        prepared = self._prepared
+        if prepared.num_best is None:
+            parts = [choice.take() for choice in self._choices]
+        else:
+            parts = best_parts(self._choices, prepared.n, prepared.num_best)
+        return prepared.form.answer(parts, self._usage())
 
     def flush(self, now: float) -> None:
         """Take in what has arrived and write it, if it can be written."""

@@ -54,3 +54,23 @@ class StopMatcher:
                 if any(stop.startswith(tail) for stop in self._stops):
                     return len(tail)
         return 0
+
+
+class LateMatcher:
+    """A matcher that overlooks text while ``is_awake`` is false: what comes before is not searched later either."""
+
+    __slots__ = ("_matcher", "is_awake")
+
+    def __init__(self, matcher: StopMatcher) -> None:
+        self._matcher = matcher
+        self.is_awake = False
+
+    @property
+    def matched(self) -> str | None:
+        return self._matcher.matched
+
+    def push(self, piece: str) -> str:
+        return self._matcher.push(piece) if self.is_awake else piece
+
+    def flush(self) -> str:
+        return self._matcher.flush()

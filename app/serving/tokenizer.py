@@ -21,6 +21,7 @@ class TokenizerError(Exception):
 class Tokenizer:
     """A tokenizer whose reading of a text does not change while it serves.
 
+    special_tokens: control tokens by id, each with its text and with the white space that it takes.
     token_bytes: each token's bytes where decoding is nothing but joining them (byte-level BPE), else None.
     token_texts: beside ``token_bytes``, the text of each token that holds whole characters, else None.
     byte_of: the byte of each token that stands for one, where a vocabulary spells rare characters in bytes.
@@ -37,8 +38,10 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.special_tokens = {index: token for index, token in added.items() if token.special}
+        self.special_ids = frozenset(self.special_tokens)
         self._literal_ids = frozenset(added)
+        self._added_ids = {token.content: index for index, token in added.items()}
         self.token_bytes = _byte_table(backend)
         self.token_texts = tuple(map(_whole_text, self.token_bytes or ()))
         self.byte_of = _fallback_bytes(backend)
@@ -59,10 +62,19 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, none of which is framed."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids that the tokenizer does not know have none."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def find_added(self, text: str) -> int | None:
+        """The id of a token that stands beside the vocabulary proper, such as a marker; None if there is none."""
+        return self._added_ids.get(text)
 
     def id_to_token_text(self, token_id: int) -> str:
         """One token as log-probabilities show it: its text, or ``bytes:\\xe2\\x82`` for a part of a character."""

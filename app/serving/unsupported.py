@@ -13,24 +13,10 @@ _EMPTY: tuple[Any, ...] = ([], {}, "")
 
 # name -> values without effect; null is one always, and never gets here
 COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "suffix": ("",),
-    "prompt_logprobs": _NONE,
-    "min_tokens": (0,),
-    "allowed_token_ids": _NONE,
-    "bad_words": _EMPTY,
-    "truncate_prompt_tokens": _NONE,
-    "return_token_ids": _OFF,
-    "return_tokens_as_token_ids": _OFF,
     "return_hidden_states": _OFF,
     "spaces_between_special_tokens": (True,),
     "detokenize": (True,),
     "no_stop_trim": _OFF,
-    "response_format": ({"type": "text"},),
-    "structured_outputs": _EMPTY,
-    "guided_json": _NONE,
-    "guided_regex": _NONE,
-    "guided_choice": _NONE,
-    "guided_grammar": _NONE,
     "json_schema": _NONE,
     "regex": _NONE,
     "ebnf": _NONE,
@@ -38,9 +24,6 @@ COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": _EMPTY,
     "use_beam_search": _OFF,
     "length_penalty": (1, 1.0),
-    "priority": (0,),
-    "cache_salt": _NONE,
-    "session_id": _NONE,
     "session_params": _NONE,
     "kv_transfer_params": _NONE,
     "lora_path": _NONE,
@@ -59,18 +42,14 @@ COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_unsupported(extra: Mapping[str, Any] | None, num_choices: int) -> None:
+def refuse_unsupported(extra: Mapping[str, Any] | None) -> None:
     """Raise UnsupportedParameter for the first field of ``extra`` that is known and would have an effect.
 
-    extra: what the schema does not name. num_choices: ``n``, of which ``best_of`` must not differ.
+    extra: what the schema does not name.
     """
     for name, value in (extra or {}).items():
-        if name == "best_of":
-            without_effect: tuple[Any, ...] = (num_choices,)
-        elif name in COMPLETION_FIELDS:
-            without_effect = COMPLETION_FIELDS[name]
-        else:
+        if name not in COMPLETION_FIELDS:
             continue
         # true equals 1 in Python, and no client means it that way
-        if not any(type(value) is type(known) and value == known for known in without_effect):
+        if not any(type(value) is type(known) and value == known for known in COMPLETION_FIELDS[name]):
             raise UnsupportedParameter(name)

@@ -271,7 +271,7 @@ def test_of_tokens_that_look_alike_the_likeliest_is_shown() -> None:
     (letter,) = (token for token in range(259, tokenizer.vocab_size) if tokenizer.id_to_token_text(token) == "a")
     byte = 3 + ord("a")
     entry = LogprobEntry(byte, 0, TokenLogprobs(-3.0, ((letter, -0.1), (byte, -3.0))))
-    assert logprobs_object([entry], tokenizer, 1)["top_logprobs"] == [{"a": -0.1}]
+    assert logprobs_object([entry], tokenizer.id_to_token_text, 1)["top_logprobs"] == [{"a": -0.1}]
 
 
 async def test_scoring_a_prompt(service: CompletionService) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import normalizers, processors
 
 from app.engine.interface import EngineUnavailable
-from app.engine.request import GenerationRequest, SamplingParams
+from app.engine.request import GenerationRequest, Grammar, SamplingParams
 from app.schemas.completions import CompletionRequest
 from app.serving.completions import CompletionService
 from app.serving.errors import (
@@ -76,14 +76,39 @@ EFFECTS: dict[str, tuple[Any, Callable[[PreparedCompletion], Any], Any]] = {
     "frequency_penalty": (-1.5, lambda p: request_of(p).sampling.frequency_penalty, -1.5),
     "repetition_penalty": (1.2, lambda p: request_of(p).sampling.repetition_penalty, 1.2),
     "logit_bias": ({"5": 2, "7": -100}, lambda p: request_of(p).sampling.logit_bias, ((5, 2.0), (7, -100.0))),
+    "min_tokens": (3, lambda p: (request_of(p).sampling.min_tokens, p.min_tokens), (3, 3)),
+    "allowed_token_ids": ([7, 5, 7], lambda p: request_of(p).sampling.allowed_token_ids, (7, 5)),
+    "bad_words": (["dog"], lambda p: len(request_of(p).sampling.bad_words), 2),
+    "prompt_logprobs": (2, lambda p: (p.prompt_logprobs, request_of(p).prompt_logprobs), (2, 2)),
+    "return_token_ids": (True, lambda p: (p.has_token_ids, p.form.has_token_ids), (True, True)),
+    "return_tokens_as_token_ids": (True, lambda p: (p.names_ids, p.form.name(7)), (True, "token_id:7")),
+    "truncate_prompt_tokens": (1, lambda p: len(request_of(p).prompt_token_ids), 1),
+    "priority": (-3, lambda p: request_of(p).priority, -3),
+    "best_of": (3, lambda p: (p.n, p.num_best, request_of(p).n, request_of(p).sampling.logprobs), (3, 1, 3, 0)),
+    "response_format": (
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "title": "\u00e9"}}},
+        lambda p: request_of(p).sampling.grammar,
+        Grammar("json_schema", '{"type":"object","title":"\u00e9"}'),
+    ),
+    "structured_outputs": ({"regex": "a+"}, lambda p: request_of(p).sampling.grammar, Grammar("regex", "a+")),
+    "guided_json": (
+        {"type": "null"},
+        lambda p: request_of(p).sampling.grammar,
+        Grammar("json_schema", '{"type":"null"}'),
+    ),
+    "guided_regex": ("a", lambda p: request_of(p).sampling.grammar, Grammar("regex", "a")),
+    "guided_choice": (["a", "b"], lambda p: request_of(p).sampling.grammar, Grammar("choice", '["a","b"]')),
+    "guided_grammar": ('root ::= "a"', lambda p: request_of(p).sampling.grammar, Grammar("grammar", 'root ::= "a"')),
     "seed": (-5, lambda p: request_of(p).sampling.seed, -5),
 }
-WITHOUT_EFFECT = {"user"}
+WITHOUT_EFFECT = {"user", "cache_salt"}
+# tested where they have their effect: in a tokenizer with markers, and over HTTP
+ELSEWHERE = {"suffix", "session_id"}
 
 
 def test_no_field_is_forgotten() -> None:
-    assert set(EFFECTS) | WITHOUT_EFFECT == set(CompletionRequest.model_fields)
-    assert {field.name for field in dataclasses.fields(SamplingParams)} <= set(EFFECTS)
+    assert set(EFFECTS) | WITHOUT_EFFECT | ELSEWHERE == set(CompletionRequest.model_fields)
+    assert {field.name for field in dataclasses.fields(SamplingParams)} <= {*EFFECTS, "grammar"}
 
 
 @pytest.mark.parametrize("field", sorted(EFFECTS))
@@ -220,19 +245,6 @@ def test_without_a_limit_length_is_free(prepare: Prepare) -> None:
 
 
 REFUSED: dict[str, Any] = {
-    "best_of": 5,
-    "suffix": "x",
-    "prompt_logprobs": 0,
-    "min_tokens": 1,
-    "allowed_token_ids": [1],
-    "bad_words": ["a"],
-    "truncate_prompt_tokens": 5,
-    "return_token_ids": True,
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
-    "priority": 1,
-    "cache_salt": "a",
-    "session_id": "a",
     "tools": [{"type": "function"}],
     "prompt_embeds": "AAAA",
     "chat_template": "{{ x }}",
@@ -241,12 +253,11 @@ REFUSED: dict[str, Any] = {
     "use_beam_search": True,
     "length_penalty": 0.5,
     "spaces_between_special_tokens": False,
-    "guided_regex": "a",
     "tool_choice": "required",
 }
 
 
-@pytest.mark.parametrize("field", sorted({*COMPLETION_FIELDS, "best_of"}))
+@pytest.mark.parametrize("field", sorted(COMPLETION_FIELDS))
 def test_known_fields_without_support_are_refused_by_name(prepare: Prepare, field: str) -> None:
     with pytest.raises(UnsupportedParameter) as caught:
         prepare(**{field: REFUSED.get(field, {"some": "value"})})
@@ -256,13 +267,19 @@ def test_known_fields_without_support_are_refused_by_name(prepare: Prepare, fiel
 @pytest.mark.parametrize(
     ("field", "value"),
     [(field, value) for field, values in COMPLETION_FIELDS.items() for value in (*values, None)]
-    + [("best_of", 1), ("no_such_field", {"a": 1}), ("return_hidden_states", False)],
+    + [
+        ("best_of", 1),
+        ("suffix", ""),
+        ("response_format", {"type": "text"}),
+        ("no_such_field", {"a": 1}),
+        ("return_hidden_states", False),
+    ],
 )
 def test_what_would_change_nothing_is_accepted(prepare: Prepare, field: str, value: Any) -> None:
     assert request_of(prepare(**{field: value})).n == 1
 
 
-@pytest.mark.parametrize(("field", "value"), [("min_tokens", False), ("best_of", True), ("priority", 0.0)])
+@pytest.mark.parametrize(("field", "value"), [("min_new_tokens", False), ("best_of", True), ("priority", 0.0)])
 def test_a_value_of_another_type_is_not_the_default(prepare: Prepare, field: str, value: Any) -> None:
     with pytest.raises(RequestError):
         prepare(**{field: value})
