@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from app.api import middleware
 from app.api.protocol import ConnectionLimits
 from app.cli import shown_default
 from app.engine import grammars
-from app.schemas import generation, output_format, token_rules
 from app.serving.limits import ServingLimits
 from app.settings import Settings, flag_name
 
@@ -25,6 +25,21 @@ Everything that is bounded, in the order in which a request meets it. What has a
 its default. Whatever is refused with a status costs next to nothing, and every refusal has the one body of all errors.
 
 """  # noqa: E501 (lines of prose are longer here)
+# what the constants of the schemas bound
+FIELDS = {
+    "generation.MAX_STOPS": "`stop`: strings",
+    "generation.MAX_STOP_CHARACTERS": "`stop`: characters of a string",
+    "generation.MAX_STOP_TOKEN_IDS": "`stop_token_ids`: ids",
+    "generation.MAX_LOGIT_BIAS": "`logit_bias`: ids",
+    "generation.MAX_NAME_CHARACTERS": "`model`: characters",
+    "token_rules.MAX_ALLOWED_TOKEN_IDS": "`allowed_token_ids`: ids",
+    "token_rules.MAX_BAD_WORDS": "`bad_words`: strings",
+    "token_rules.MAX_BAD_WORD_CHARACTERS": "`bad_words`: characters of a string",
+    "token_rules.MAX_SESSION_CHARACTERS": "`session_id`: characters",
+    "token_rules.MAX_SALT_CHARACTERS": "`cache_salt`: characters",
+    "output_format.MAX_CHOICES": "`structured_outputs.choice`: strings",
+    "output_format.MAX_FORMAT_NAME_CHARACTERS": "`response_format.json_schema.name`: characters",
+}
 _UNSET = {"max_num_seqs": "as memory allows"}
 
 
@@ -98,30 +113,28 @@ def render(groups: Mapping[str, Sequence[Limit]]) -> str:
 
 
 def _field_limits() -> tuple[Limit, ...]:
-    fixed = (
-        ("`stop`: strings", generation.MAX_STOPS),
-        ("`stop`: characters of a string", generation.MAX_STOP_CHARACTERS),
-        ("`stop_token_ids`: ids", generation.MAX_STOP_TOKEN_IDS),
-        ("`logit_bias`: ids", generation.MAX_LOGIT_BIAS),
-        ("`model`: characters", generation.MAX_NAME_CHARACTERS),
-        ("`allowed_token_ids`: ids", token_rules.MAX_ALLOWED_TOKEN_IDS),
-        ("`bad_words`: strings", token_rules.MAX_BAD_WORDS),
-        ("`bad_words`: characters of a string", token_rules.MAX_BAD_WORD_CHARACTERS),
-        ("`session_id`: characters", token_rules.MAX_SESSION_CHARACTERS),
-        ("`cache_salt`: characters", token_rules.MAX_SALT_CHARACTERS),
-        ("`structured_outputs.choice`: strings", output_format.MAX_CHOICES),
-        ("`response_format.json_schema.name`: characters", output_format.MAX_FORMAT_NAME_CHARACTERS),
-        ("bytes of a JSON schema, regular expression, list of choices or grammar", grammars.MAX_SOURCE_BYTES),
-        (
-            "log-probabilities of prompts in an answer that is not streamed: prompt tokens x (`logprobs` + 1) x `n`",
-            ServingLimits().max_prompt_logprobs,
+    limits = ServingLimits()
+    scores = "log-probabilities of prompts in an answer that is not streamed: prompt tokens x (`logprobs` + 1) x `n`"
+    return (
+        *(Limit(what, "400", value=str(constant(name))) for name, what in FIELDS.items()),
+        Limit(
+            "bytes of a JSON schema, regular expression, list of choices or grammar",
+            "400",
+            value=str(grammars.MAX_SOURCE_BYTES),
+        ),
+        Limit(scores, "400", value=str(limits.max_prompt_logprobs)),
+        Limit(
+            "bytes of a prompt's log-probabilities that wait in a stream",
+            "an error event",
+            value=str(limits.max_waiting_bytes),
         ),
     )
-    waiting = ServingLimits().max_waiting_bytes
-    return (
-        *(Limit(what, "400", value=str(value)) for what, value in fixed),
-        Limit("bytes of a prompt's log-probabilities that wait in a stream", "an error event", value=str(waiting)),
-    )
+
+
+def constant(name: str) -> int:
+    """A number of ``app.schemas``, by module and name."""
+    module, _, attribute = name.partition(".")
+    return int(getattr(import_module(f"app.schemas.{module}"), attribute))
 
 
 def main() -> int:
