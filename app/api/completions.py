@@ -19,6 +19,7 @@ from app.api.dependencies import context_of
 from app.api.errors import as_request_error, error_response
 from app.api.observer import CompletionObserver
 from app.api.open_requests import ClientGone, OpenRequest
+from app.api.session import note_session
 from app.api.streaming import ClientStuck, EventStream
 from app.logging import current_request_id, note
 from app.schemas.wire import Body
@@ -48,6 +49,7 @@ async def answer(
     raw = await read_json_body(request.scope, request.receive, settings.max_body_size, timeout)
     is_short = len(raw) <= _BYTES_IN_LOOP
     body = parse_request(model, raw) if is_short else await asyncio.to_thread(parse_request, model, raw)
+    note_session(request.scope, body)
     service = context.require_service()
     return CompletionAnswer(context, service, make_job(service, body), deadline)
 

@@ -58,6 +58,8 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode("ascii"))]
+                if "session" in notes:
+                    message["headers"].append((b"x-session-id", notes["session"].encode("ascii")))
             await send(message)
 
         try:
