@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_core import ops
 from mamba_core.bases import init
 from mamba_core.configuration_mamba import MambaConfig
 from mamba_core.ops import Packing
+from mamba_core.ops.products import Linear, linear
 
 
 class MambaRMSNorm(nn.Module):
@@ -38,7 +38,7 @@ class MambaMixer(nn.Module):
         self.config = config
         self.channels, self.rank, self.states = channels, rank, states
         self.inner_norm_eps: float | None = getattr(config, "mixer_rms_eps", None)
-        self.in_proj = nn.Linear(config.hidden_size, 2 * channels, bias=config.use_bias)
+        self.in_proj = Linear(config.hidden_size, 2 * channels, bias=config.use_bias)
         self.conv1d = nn.Conv1d(
             channels,
             channels,
@@ -47,11 +47,11 @@ class MambaMixer(nn.Module):
             padding=config.conv_kernel - 1,
             bias=config.use_conv_bias,
         )
-        self.x_proj = nn.Linear(channels, rank + 2 * states, bias=False)
+        self.x_proj = Linear(channels, rank + 2 * states, bias=False)
         self.dt_proj = nn.Linear(rank, channels, bias=True)
         self.A_log = nn.Parameter(torch.empty(channels, states, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(channels, dtype=torch.float32))
-        self.out_proj = nn.Linear(channels, config.hidden_size, bias=config.use_bias)
+        self.out_proj = Linear(channels, config.hidden_size, bias=config.use_bias)
         self._A: tuple[Tensor, int, Tensor] | None = None
         self._flag_parameters()
 
@@ -96,7 +96,7 @@ class MambaMixer(nn.Module):
         dt, B, C = torch.split(self.x_proj(x), [self.rank, self.states, self.states], dim=-1)
         if self.inner_norm_eps is not None:
             dt, B, C = (ops.rms_norm(part, None, self.inner_norm_eps) for part in (dt, B, C))
-        return F.linear(dt, self.dt_proj.weight), B, C
+        return linear(dt, self.dt_proj.weight), B, C
 
     def _scratch_states(self, hidden: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         conv = hidden.new_zeros(num_rows, self.channels, self.config.conv_kernel - 1)

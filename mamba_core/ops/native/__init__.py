@@ -19,3 +19,12 @@ def multiplies_bfloat16() -> bool:
     from mamba_core.ops.native.units import has_pairs
 
     return has_pairs()
+
+
+def prefers_onednn() -> bool:
+    """Whether oneDNN multiplies fp32 faster than MKL, torch's choice, which uses AVX-512 on no CPU but Intel's."""
+    if not is_available():
+        return False
+    from mamba_core.ops.native.units import has_avx512_of_amd, has_onednn
+
+    return has_onednn() and has_avx512_of_amd()

@@ -69,5 +69,16 @@ def has_words() -> bool:
 
 
 @cache
+def has_onednn() -> bool:
+    """Whether torch has been built with oneDNN's products."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def has_avx512_of_amd() -> bool:
+    return llvmlite.binding.get_host_cpu_name().startswith("znver") and _has_feature("avx512f")
+
+
+@cache
 def _has_feature(name: str) -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get(name, False))
