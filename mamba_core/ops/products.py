@@ -18,12 +18,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling():
+        return False
     tensors = [t for t in (x, weight, bias) if t is not None]
     return (
         x.numel() > 0
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and weight.is_contiguous()
-        and not torch.compiler.is_compiling()
         # it has no gradient
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     )
