@@ -44,9 +44,31 @@ BAD = [
     *[("seed", value) for value in (2**63, -(2**63) - 1, 2**64, 1.0, True, "1")],
     *[("model", value) for value in ("", "a\nb", "x" * 1_000_000, 5, ["a"], True)],
     *[("user", value) for value in (5, True, [])],
+    *[("min_tokens", value) for value in (-1, 1.0, True, "1", 2**31)],
+    *[("allowed_token_ids", value) for value in ([], [-1], [True], ["1"], [1.0], 5, {}, [2**31], [1] * 65_537)],
+    *[("bad_words", value) for value in ("a", [1], [""], [" "], ["\n"], ["x" * 257], ["a"] * 129, {}, 5, [None])],
+    *[("prompt_logprobs", value) for value in (-1, 21, True, "1", 1.0)],
+    *[("truncate_prompt_tokens", value) for value in (0, -2, 1.0, True, "1", 2**31)],
+    *[("priority", value) for value in (0.0, True, "1", 2**31, -(2**31) - 1)],
+    *[("cache_salt", value) for value in ("", 5, [], "x" * 257)],
+    *[("session_id", value) for value in ("", 5, "x" * 257, "a\nb", "\u00e9", "\0")],
+    *[("best_of", value) for value in (0, -1, 1.0, True, "1", 2**31)],
+    *[("suffix", value) for value in (5, [], True)],
+    *[("response_format", value) for value in (5, "text", [], True)],
+    *[("structured_outputs", value) for value in (5, {}, [], {"regex": None}, {"regex": "a", "grammar": "b"})],
+    *[("guided_json", value) for value in (5, "", {}, [], True)],
+    *[("guided_choice", value) for value in ([], [""], [1], "a", ["a"] * 10_001)],
+    *[(name, value) for name in ("guided_regex", "guided_grammar") for value in ("", 5, [], {})],
     *[
         (name, value)
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "add_special_tokens")
+        for name in (
+            "include_stop_str_in_output",
+            "ignore_eos",
+            "skip_special_tokens",
+            "add_special_tokens",
+            "return_token_ids",
+            "return_tokens_as_token_ids",
+        )
         for value in (1, "true")
     ],
 ]
@@ -83,6 +105,31 @@ def test_no_number_that_is_none(field: str, number: str) -> None:
 def test_stream_options_have_their_types(options: Any, param: str) -> None:
     with pytest.raises(BodyError) as caught:
         parse(stream=True, stream_options=options)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "json_schema": {"name": "a"}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": []}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+        ({"guided_regex": "a", "guided_json": "{}"}, "guided_regex"),
+    ],
+)
+def test_forms_of_outputs_have_their_types(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BodyError) as caught:
+        parse(**fields)
     assert caught.value.param == param
 
 
@@ -129,6 +176,13 @@ def test_the_edges_of_every_range_are_inside() -> None:
         "stop": ("x" * 256, ["a"] * 4, []),
         "logit_bias": ({"0": -100, "5": 100}, {}),
         "stop_token_ids": ([], [0] * 64),
+        "truncate_prompt_tokens": (-1, 1, 2**31 - 1),
+        "priority": (-(2**31), 2**31 - 1),
+        "prompt_logprobs": (0, 20),
+        "bad_words": ([], ["x" * 256] * 128),
+        "allowed_token_ids": ([0], [1] * 65_536),
+        "session_id": ("x", "~" * 256),
+        "best_of": (1, 2**31 - 1),
     }.items():
         for value in values:
             parse(**{field: value})
@@ -149,6 +203,7 @@ def test_half_a_million_stop_strings_cost_little() -> None:
 def test_every_field_is_documented() -> None:
     schema = CompletionRequest.model_json_schema()
     assert set(schema["properties"]) == set(CompletionRequest.model_fields)
-    for name, entry in {**schema["properties"], **schema["$defs"]["StreamOptions"]["properties"]}.items():
-        assert entry.get("description"), name
+    for properties in (schema["properties"], *(inner["properties"] for inner in schema["$defs"].values())):
+        for name, entry in properties.items():
+            assert entry.get("description"), name
     assert Completion.model_json_schema()["properties"]["usage"]
