@@ -9,7 +9,7 @@ from starlette.responses import Response
 from app.api.errors import HttpError, error_response
 
 # what a page may read of an answer beside its body
-EXPOSED_HEADERS = ("X-Request-Id", "Retry-After")
+EXPOSED_HEADERS = ("X-Request-Id", "X-Session-ID", "Retry-After")
 
 
 class Cors(CORSMiddleware):

@@ -79,7 +79,7 @@ async def test_answers_and_errors_can_be_read(
             body = {"prompt": "hello", "max_tokens": 2, **fields}
             headers = {"origin": ORIGIN, **headers}
             response = await server.client.post("/v1/completions", json=body, headers=headers)
-            assert response.headers["access-control-expose-headers"] == "X-Request-Id, Retry-After"
+            assert response.headers["access-control-expose-headers"] == "X-Request-Id, X-Session-ID, Retry-After"
             assert len(response.headers.get_list("x-request-id")) == 1
             return response.status_code, response.headers.get("access-control-allow-origin")
 
