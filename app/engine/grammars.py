@@ -16,9 +16,9 @@ from app.engine.request import Grammar
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
 
-# of a source; the work of the library is bounded by the limits below
-MAX_SOURCE_BYTES = 128 * 1024
-MAX_CHOICES = 10_000
+# of a source; what it costs is bounded by the limits below, and where they do not help by trying it out first
+MAX_SOURCE_BYTES = 64 * 1024
+MAX_CHOICES = 5_000
 
 # white space between the parts of a JSON text: enough to indent, and no run without end
 _JSON_SPACE = r"[\x20\x0A\x0D\x09]{0,32}"
@@ -48,13 +48,8 @@ def to_lark(grammar: Grammar) -> str:
     """The grammar as llguidance takes it. Raises GrammarError where that can be told without the library's parser."""
     from llguidance import LLMatcher
 
+    check_size(grammar)
     source = grammar.source
-    try:
-        num_bytes = len(source.encode())
-    except UnicodeEncodeError:
-        raise GrammarError(f"{_NAMES[grammar.kind]} holds half of a character (a lone surrogate)") from None
-    if num_bytes > MAX_SOURCE_BYTES:
-        raise GrammarError(f"{_NAMES[grammar.kind]} is longer than {MAX_SOURCE_BYTES // 1024} KiB")
     if grammar.kind == "regex":
         if (len(source) - len(source.rstrip("\\"))) % 2:
             raise GrammarError("the regular expression ends in a backslash")
@@ -70,17 +65,14 @@ def to_lark(grammar: Grammar) -> str:
         raise error_of(grammar, str(error)) from None
 
 
-def check(grammar: Grammar) -> None:
-    """Raise GrammarError unless an output can be held to the grammar. Takes up to half a second for hostile ones."""
-    from llguidance import LLMatcher
-
-    lark = to_lark(grammar)
+def check_size(grammar: Grammar) -> None:
+    """Raise GrammarError for a source that is too long to be looked at, or no text."""
     try:
-        complaint = LLMatcher.validate_grammar(lark, limits=limits())
-    except Exception as error:
-        complaint = str(error)
-    if complaint and not complaint.startswith("WARNING"):
-        raise error_of(grammar, complaint)
+        num_bytes = len(grammar.source.encode())
+    except UnicodeEncodeError:
+        raise GrammarError(f"{_NAMES[grammar.kind]} holds half of a character (a lone surrogate)") from None
+    if num_bytes > MAX_SOURCE_BYTES:
+        raise GrammarError(f"{_NAMES[grammar.kind]} is longer than {MAX_SOURCE_BYTES // 1024} KiB")
 
 
 def limits() -> LLParserLimits:
@@ -103,6 +95,8 @@ def error_of(grammar: Grammar, complaint: str) -> GrammarError:
     # the regex parser draws a picture first
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     detail = " ".join((told or lines)[0].split())
+    if detail.startswith("NoExtension"):
+        detail = "no text matches it"
     if len(detail) > _MAX_DETAIL_CHARACTERS:
         detail = detail[: _MAX_DETAIL_CHARACTERS - 3] + "..."
     return GrammarError(f"{_NAMES[grammar.kind]} cannot be used: {detail}")
@@ -125,17 +119,19 @@ def _quote(text: str) -> str:
 
 
 def _rules_to_lark(source: str) -> str:
-    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+    from llguidance.gbnf_to_lark import is_lark_syntax
+
+    from app.engine import gbnf
 
     if is_lark_syntax(source):
         return source
     if _depth(source) > _MAX_NESTING:
         raise GrammarError("the grammar is nested too deeply")
     try:
-        return gbnf_to_lark(_plain_gbnf(source))
+        return gbnf.to_lark(_plain_gbnf(source))
     except Exception as error:
-        # the converter raises bare Exception for what it does not find, IndexError for what ends too early
-        detail = str(error) if type(error) is not IndexError else "unexpected end"
+        # the library's parser has errors of its own, and IndexError for what ends too early
+        detail = {IndexError: "unexpected end", RecursionError: "it is nested too deeply"}.get(type(error), str(error))
         raise error_of(Grammar("grammar"), detail) from None
 
 
