@@ -117,7 +117,7 @@ class Settings(BaseSettings):
         "auto", "Engine", "type of the weights; auto is bfloat16 on a GPU and on a CPU that multiplies it, else float32"
     )
     quantization: Literal["none", "int8"] = _setting(
-        "none", "Engine", "int8: the large matrices in int8 with a scale per output, on a CPU"
+        "none", "Engine", "int8: the large matrices in int8 with a scale per output, half the memory of bfloat16"
     )
     state_dtype: Literal["float32", "bfloat16", "float16"] = _setting(
         "float32", "Engine", "type of the recurrent state; lower ones halve the memory per sequence"

@@ -7,10 +7,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mamba_core import single_step
+from mamba_core import few_rows_step, single_step
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import step as ops
+from mamba_core.ops.triton.step import Matrix
 
 # the width of the tiles in which the convolution follows its product
 _CHANNEL_MULTIPLE = 64
@@ -19,7 +20,8 @@ _CHANNEL_MULTIPLE = 64
 def is_applicable(model: MambaModel) -> bool:
     """Whether ``fused_step`` computes what the layers of this model do, as its weights are now.
 
-    bfloat16 on a GPU, outside of training; fp16 could not hold the residual times the norm's weight.
+    bfloat16 on a GPU, matrices in int8 or not, outside of training; fp16 could not hold the residual times the norm's
+    weight.
     """
     weight = model.embeddings.weight
     return (
@@ -38,6 +40,8 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
     """
     if len(tokens) == 1 and single_step.is_applicable(model):
         return single_step.single_step(model, tokens, slots, cache, counters)
+    if few_rows_step.is_applicable(model, len(tokens)):
+        return few_rows_step.few_rows_step(model, tokens, slots, cache, counters)
     layers = cast(list[MambaBlock], model.layers)
     # made, where they have to be made, before the first kernel: the others read them while their predecessor still runs
     decays = [layer.mixer.A() for layer in layers]
@@ -47,8 +51,9 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
         mixer = layer.mixer
         conv_state, ssm_state = cache.layer(index)
         taps = mixer.conv1d.weight.squeeze(1)
-        xz = ops.project_in(step, gained, mixer.in_proj.weight, mixer.in_proj.bias, taps, mixer.conv1d.bias, conv_state)
-        low = ops.project_low(step, xz, mixer.x_proj.weight)
+        in_proj, x_proj, out_proj = (Matrix.of(part) for part in (mixer.in_proj, mixer.x_proj, mixer.out_proj))
+        xz = ops.project_in(step, gained, in_proj, mixer.in_proj.bias, taps, mixer.conv1d.bias, conv_state)
+        low = ops.project_low(step, xz, x_proj)
         y = ops.advance(
             step,
             xz,
@@ -61,5 +66,5 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
             mixer.inner_norm_eps,
         )
         norm = layers[index + 1].norm if index + 1 < len(layers) else model.norm_f
-        gained, residual = ops.project_out(step, y, mixer.out_proj.weight, mixer.out_proj.bias, norm.weight, residual)
+        gained, residual = ops.project_out(step, y, out_proj, mixer.out_proj.bias, norm.weight, residual)
     return ops.finish(step, gained)

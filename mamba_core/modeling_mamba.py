@@ -253,11 +253,12 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
         """Hidden states [*, H] -> logits [*, V] in fp32, the products in the weights' dtype."""
         weight, scales = self.lm_head.weight, getattr(self.lm_head, "scales", None)
         hidden = hidden.to(weight.dtype if scales is None else self.backbone.norm_f.weight.dtype)
-        if hidden.is_cuda and weight.dtype.itemsize == 2 and not torch.is_grad_enabled():
+        if hidden.is_cuda and hidden.dtype.itemsize == 2 and not torch.is_grad_enabled():
             # what the matrix units have summed in fp32 is not rounded on its way out
-            from mamba_core.ops.triton.step import project_head
+            from mamba_core.ops.triton.step import Matrix, project_head
 
-            return project_head(hidden.reshape(-1, hidden.shape[-1]), weight).view(*hidden.shape[:-1], -1)
+            logits = project_head(hidden.reshape(-1, hidden.shape[-1]), Matrix(weight, scales))
+            return logits.view(*hidden.shape[:-1], -1)
         if (step := self._native_step()) is not None and step.can_project(hidden, weight):
             return step.project(hidden.reshape(-1, hidden.shape[-1]), weight, scales).view(*hidden.shape[:-1], -1)
         return self.lm_head(hidden).float()  # type: ignore[no-any-return]

@@ -54,8 +54,6 @@ class Placement:
         dtype = _find_dtype("dtype", _auto_dtype(device) if config.dtype == "auto" else config.dtype)
         if config.quantization not in ("none", "int8"):
             raise EngineStartError(f"unknown quantization {config.quantization!r}: use none or int8")
-        if config.quantization != "none" and device.type != "cpu":
-            raise EngineStartError(f"quantization {config.quantization!r} is for CPUs, not for {device}")
         return cls(device, dtype, _find_dtype("state_dtype", config.state_dtype), config.quantization)
 
 
@@ -80,6 +78,9 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
         if config.quantization == "int8":
             with stage("quantizing the weights"):
                 quantize_int8(model)
+            if placement.device.type == "cuda":
+                # what the matrices have left is for states
+                torch.cuda.empty_cache()
         ends = checkpoints.eos_token_ids(model_dir, checkpoint.config)
         grammars = Compiler(config.tokenizer or model_dir, model.config.vocab_size, ends)
         engine, info = build_engine(model, config, placement, grammars)

@@ -37,13 +37,14 @@ KERNELS: list[tuple[str, str, dict[str, Any], int]] = [
     ("conv_backward_kernels", "conv_backward_input_kernel", {"K": WIDTH, "BLOCK_T": 16, "BLOCK_D": 128}, 4),
     ("norm_kernels", "norm_kernel", NORM | {"KEEP_SCALE": True}, 4),
     ("norm_kernels", "norm_backward_kernel", NORM | {"HAS_TOTAL": True}, 4),
+    ("quantized_kernels", "dequantize_kernel", {"BLOCK": 4096}, 4),
 ]
 # pointers to anything but bf16
 TYPES = {"slots_ptr": "*i64", "cu_seqlens_ptr": "*i32", "seq_idx_ptr": "*i32"} | {
     f"{name}_ptr": "*fp32"
     for name in (
         *("a", "da", "db", "dc", "dd", "dbias", "dweight", "dpre"),
-        *("checkpoint", "scratch", "entry", "total", "scale"),
+        *("checkpoint", "scratch", "entry", "total", "scale", "scales"),
     )
 }
 UNALIGNED = frozenset({"nothing", "b_stride", "c_stride", "num_rows"})
@@ -52,8 +53,10 @@ UNALIGNED = frozenset({"nothing", "b_stride", "c_stride", "num_rows"})
 def compile_all() -> Iterator[dict[str, Any]]:
     for module, name, constants, num_warps in KERNELS:
         kernel = getattr(importlib.import_module(f"mamba_core.ops.triton.{module}"), name)
-        state = "*bf16" if module == "conv_kernels" else "*fp32"
-        source = source_of(kernel, constants, TYPES | {"state_ptr": state}, unaligned=UNALIGNED)
+        own = {"state_ptr": "*bf16" if module == "conv_kernels" else "*fp32"}
+        if module == "quantized_kernels":
+            own["w_ptr"] = "*i8"
+        source = source_of(kernel, constants, TYPES | own, unaligned=UNALIGNED)
         compiled = compiled_for_hopper(source, num_warps=num_warps)
         assembly = compiled.asm["ptx"]
         yield {

@@ -42,6 +42,11 @@ TYPES = {
     **dict.fromkeys(("squares_ptr", "residual_ptr", "low_ptr", "delta_ptr", "a_ptr", "d_ptr", "share_ptr"), "*fp32"),
     "count_ptr": "*i32",
 }
+INT8 = {"w_ptr": "*i8", "scales_ptr": "*fp32"}
+# those that take a large matrix, in either type
+CASES = [(name, constants, TYPES) for name, constants in KERNELS] + [
+    (name, constants, TYPES | INT8) for name, constants in KERNELS if name.startswith(("matvec", "product"))
+]
 
 
 def _stores_before_barrier(code: str) -> int:
@@ -50,10 +55,10 @@ def _stores_before_barrier(code: str) -> int:
 
 
 def compile_all() -> Iterator[dict[str, Any]]:
-    for name, constants in KERNELS:
+    for name, constants, types in CASES:
         kernel = next(getattr(module, name) for module in MODULES if hasattr(module, name))
-        types = TYPES | {"state_ptr": "*fp32"} if name == "advance_kernel" else TYPES
-        source = source_of(kernel, constants | {"PDL": True}, types, unaligned=frozenset({"num_rows"}))
+        own = {"state_ptr": "*fp32"} if name == "advance_kernel" else {}
+        source = source_of(kernel, constants | {"PDL": True}, types | own, unaligned=frozenset({"num_rows"}))
         compiled = compiled_for_hopper(source, num_warps=4, launch_pdl=True)
         assembly = compiled.asm["ptx"]
         yield {

@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from mamba_core import MambaCache, MambaForCausalLM
 from mamba_core.fused_step import fused_step
 from mamba_core.ops import Packing
-from mamba_core.ops.triton.step import MAX_TILES
+from mamba_core.ops.triton.quantized import dequantize
+from mamba_core.ops.triton.step import MAX_TILES, Matrix, project_head
+from mamba_core.quantization import Int8Linear, quantize_int8
 from tests.core.ops_cases import poison_memory
+from tests.core.step_cases import clone, error, widened
 
 MakeModel = Callable[..., MambaForCausalLM]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,39 +31,38 @@ def warm_cache(model: MambaForCausalLM, num_slots: int, dtype: torch.dtype) -> M
     return cache
 
 
-def clone(cache: MambaCache, dtype: torch.dtype) -> MambaCache:
-    return MambaCache(cache.conv.to(dtype, copy=True), cache.ssm.clone())
-
-
-def error(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
-
-
-def in_float32(model: MambaForCausalLM, make: MakeModel, family: str, **changes: object) -> MambaForCausalLM:
-    reference = make(family, **changes)
-    reference.load_state_dict(model.state_dict())
-    return reference.to(DEVICE)
+BIASED = {"use_bias": True, "use_conv_bias": False}
+ODD = {"hidden_size": 96, "state_size": 5, "time_step_rank": 7, "conv_kernel": 3}
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("family", "changes", "is_int8"),
     [
-        ("mamba", {}),
-        ("mamba", {"use_bias": True, "use_conv_bias": False}),
-        ("mamba", {"hidden_size": 96, "state_size": 5, "time_step_rank": 7, "conv_kernel": 3}),
-        ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}),
+        ("mamba", {}, False),
+        ("mamba", BIASED, False),
+        ("mamba", ODD, False),
+        ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}, False),
+        ("mamba", BIASED, True),
+        ("mamba", ODD, True),
     ],
 )
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 17, 33, 65])
 @torch.inference_mode()
 def test_fused_step_equals_the_layers(
-    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, object], num_rows: int
+    tiny_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    changes: dict[str, object],
+    num_rows: int,
+    is_int8: bool,
 ) -> None:
     model = tiny_model(family, **changes).to(DTYPE).to(DEVICE)
     for name, parameter in model.named_parameters():
         if name.endswith(("A_log", "mixer.D")):
             parameter.data = parameter.data.float()
-    reference = in_float32(model, tiny_model, family, **changes)
+    if is_int8:
+        quantize_int8(model)
+    reference = widened(model, tiny_model(family, **changes)).to(DEVICE)
     slots = (1 + torch.randperm(num_rows + 3, generator=torch.Generator().manual_seed(1))[:num_rows]).to(DEVICE)
     tokens = (torch.arange(num_rows, device=DEVICE) * 7) % model.config.vocab_size
     cache = warm_cache(model, num_rows + 4, DTYPE)
@@ -115,3 +116,31 @@ def test_padding_rows_share_the_scratch_slot(tiny_model: MakeModel) -> None:
     assert torch.equal(hidden, beside[:3])
     assert torch.equal(cache.ssm[:, 1:], padded.ssm[:, 1:])
     assert torch.equal(cache.conv[:, 1:], padded.conv[:, 1:])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 33, 64])
+@pytest.mark.parametrize(("size", "vocab_size"), [(96, 131), (37, 50), (640, 97)])
+@torch.inference_mode()
+def test_logits_of_an_int8_head(monkeypatch: pytest.MonkeyPatch, num_rows: int, size: int, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    linear = torch.nn.Linear(size, vocab_size, bias=False)
+    linear.weight.copy_(torch.randn(vocab_size, size, generator=generator) * torch.arange(vocab_size)[:, None])
+    head = Int8Linear(linear).to(DEVICE)
+    hidden = torch.randn(num_rows, size, generator=generator).to(DTYPE).to(DEVICE)
+    expected = hidden.double() @ (head.weight.double() * head.scales.double()[:, None]).T
+    poison_memory(monkeypatch)
+    logits = project_head(hidden, Matrix.of(head))
+    assert logits.dtype == torch.float32
+    # matrix units cut sums off a little above fp32's precision
+    assert error(logits, expected) < (1e-5 if DEVICE == "cuda" else 1e-6)
+    assert not logits[:, 0].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (65, 96), (5, 4100)])
+def test_dequantizing_is_right_to_the_rounding(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(DEVICE)
+    scales = torch.rand(shape[0], generator=generator).to(DEVICE)
+    poison_memory(monkeypatch)
+    assert torch.equal(dequantize(weight, scales, torch.float32), weight.float() * scales[:, None])
+    assert torch.equal(dequantize(weight, scales, DTYPE), (weight.float() * scales[:, None]).to(DTYPE))

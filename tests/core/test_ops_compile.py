@@ -12,6 +12,7 @@ from mamba_core.ops.triton import (
     conv_backward_kernels,
     conv_kernels,
     norm_kernels,
+    quantized_kernels,
     scan_backward_kernels,
     scan_kernels,
     scan_tile_kernels,
@@ -19,7 +20,15 @@ from mamba_core.ops.triton import (
 from tests.compiling import records_of
 
 ROOT = Path(__file__).parents[2]
-MODULES = (conv_backward_kernels, conv_kernels, norm_kernels, scan_backward_kernels, scan_kernels, scan_tile_kernels)
+MODULES = (
+    conv_backward_kernels,
+    conv_kernels,
+    norm_kernels,
+    quantized_kernels,
+    scan_backward_kernels,
+    scan_kernels,
+    scan_tile_kernels,
+)
 
 
 @pytest.fixture(scope="module")

@@ -108,9 +108,3 @@ def test_int8_is_said_and_writes_tokens(checkpoint: Path) -> None:
     assert (info.dtype, info.num_parameters) == ("int8", plain.num_parameters)
     engine.submit(make_request(prompt=[1] * 20))
     assert len(run(engine).tokens["r", 0]) == 4
-
-
-def test_int8_is_refused_on_a_gpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.engine.loading._find_device", lambda _: torch.device("cuda", 0))
-    with pytest.raises(EngineStartError, match="quantization 'int8' is for CPUs, not for cuda:0"):
-        load_engine(EngineConfig(str(checkpoint), quantization="int8"), lambda _: None)

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_core.ops.triton.conv import convolve_step
 from mamba_core.ops.triton.norm import rms_norm, rms_norm_residual
+from mamba_core.ops.triton.quantized import dequantize
 from mamba_core.ops.triton.step_kernels import embed_kernel, finish_kernel
 from mamba_core.ops.triton.step_matvec_kernels import matvec_in_kernel, matvec_out_kernel
 from mamba_core.ops.triton.step_product_kernels import (
@@ -67,6 +68,43 @@ class Tile:
     stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A weight [out, in] in the type of the activations, or in int8 with scales [out] fp32."""
+
+    weight: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def of(cls, linear: nn.Module) -> Matrix:
+        """That of an ``nn.Linear`` or an ``Int8Linear``."""
+        weight, scales = linear.weight, getattr(linear, "scales", None)
+        assert isinstance(weight, Tensor)
+        return cls(weight, scales)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def rows_one_by_one(self) -> int:
+        """Rows up to which a product multiplies row by row: widening int8 for each is dear."""
+        return _VERY_FEW_ROWS if self.scales is None else 1
+
+    @property
+    def pointers(self) -> tuple[Tensor, Tensor]:
+        """The weight, and the scales or what stands in for them."""
+        return self.weight, self.weight if self.scales is None else self.scales
+
+    def transposed(self, dtype: torch.dtype) -> Tensor:
+        """[in, out] in a type that the library multiplies; of int8, for as long as it does."""
+        return (self.weight if self.scales is None else dequantize(self.weight, self.scales, dtype)).T
+
+
 @cache
 def _has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -100,18 +138,18 @@ def embed(step: Step, tokens: Tensor, table: Tensor, gain: Tensor) -> tuple[Tens
 def project_in(
     step: Step,
     x: Gained,
-    weight: Tensor,
+    matrix: Matrix,
     bias: Tensor | None,
     taps: Tensor,
     conv_bias: Tensor | None,
     conv_state: Tensor,
 ) -> Tensor:
-    """in_proj of the norm and the convolution of its first half: [B, 2 D]; weight [2 D, H], taps [D, K]."""
-    rows, (width, size) = step.num_rows, (weight.shape[0], weight.shape[1])
+    """in_proj of the norm and the convolution of its first half: [B, 2 D]; matrix [2 D, H], taps [D, K]."""
+    rows, (width, size) = step.num_rows, matrix.shape
     dim, taps_width = taps.shape
-    y = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
+    y = torch.empty((rows, width), dtype=x.values.dtype, device=matrix.device)
     if rows > _SOME_ROWS:
-        torch.mm(x.values, weight.T, out=y)
+        torch.mm(x.values, matrix.transposed(y.dtype), out=y)
         if bias is not None:
             y += bias
         x_half = y[:, :dim]
@@ -120,8 +158,8 @@ def project_in(
     arguments = (
         x.values,
         x.squares,
-        weight,
-        weight if bias is None else bias,
+        *matrix.pointers,
+        x.values if bias is None else bias,
         taps,
         taps if conv_bias is None else conv_bias,
         y,
@@ -134,9 +172,9 @@ def project_in(
         "HAS_CONV_BIAS": conv_bias is not None,
         "PARTS": x.parts,
         "BLOCK_P": triton.next_power_of_2(max(x.parts, 1)),
-        **_launch(weight.device),
+        **_launch(matrix.device),
     }
-    if rows <= _VERY_FEW_ROWS:
+    if rows <= matrix.rows_one_by_one:
         matvec_in_kernel[(triton.cdiv(width, 4),)](
             *arguments,
             size,
@@ -153,7 +191,7 @@ def project_in(
             **options,
         )
         return y
-    tile = _tile_in(rows, size, width)
+    tile = _tile_in(matrix, rows)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.outputs))
     product_in_kernel[grid](
         *arguments,
@@ -175,15 +213,15 @@ def project_in(
     return y
 
 
-def project_low(step: Step, xz: Tensor, weight: Tensor) -> Tensor:
-    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 for few rows; weight [R + 2 N, D]."""
-    rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
+def project_low(step: Step, xz: Tensor, matrix: Matrix) -> Tensor:
+    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 for few rows; matrix [R + 2 N, D]."""
+    rows, (width, dim) = step.num_rows, matrix.shape
     if rows > _SOME_ROWS:
-        return torch.mm(xz[:, :dim], weight.T)
-    if rows <= _VERY_FEW_ROWS:
-        return _multiply_rows(xz, weight, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
-    y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
-    _share_out(step, xz, weight, _tile_low(rows, dim), y)
+        return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
+    if rows <= matrix.rows_one_by_one:
+        return _multiply_rows(xz, matrix, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
+    y = torch.empty((rows, width), dtype=torch.float32, device=matrix.device)
+    _share_out(step, xz, matrix, _tile_low(matrix, rows), y)
     return y
 
 
@@ -257,29 +295,29 @@ def advance(
 
 
 def project_out(
-    step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor
+    step: Step, y: Tensor, matrix: Matrix, bias: Tensor | None, gain: Tensor, residual: Tensor
 ) -> tuple[Gained, Tensor]:
     """The norm with ``gain`` of residual [B, H] + out_proj of y [B, D], and that sum, which may be where the residual
-    was; weight [H, D].
+    was; matrix [H, D].
     """
-    rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
-    values = torch.empty((rows, width), dtype=weight.dtype, device=weight.device)
+    rows, (width, dim) = step.num_rows, matrix.shape
+    values = torch.empty((rows, width), dtype=y.dtype, device=matrix.device)
     if rows > _SOME_ROWS:
-        product = torch.mm(y, weight.T, out=values)
+        product = torch.mm(y, matrix.transposed(y.dtype), out=values)
         if bias is not None:
             product += bias
         values, residual = rms_norm_residual(product, residual, gain, step.eps)
         return Gained(values, residual, 0), residual
     if rows > _FEW_ROWS:
-        return _project_out_and_gather(step, y, weight, bias, gain, residual, values), residual
-    if rows > _VERY_FEW_ROWS:
-        return _project_out_rows(step, y, weight, bias, gain, residual, values), residual
+        return _project_out_and_gather(step, y, matrix, bias, gain, residual, values), residual
+    if rows > matrix.rows_one_by_one:
+        return _project_out_rows(step, y, matrix, bias, gain, residual, values), residual
     parts = triton.cdiv(width, 4)
-    squares = torch.empty((parts, rows), dtype=torch.float32, device=weight.device)
+    squares = torch.empty((parts, rows), dtype=torch.float32, device=matrix.device)
     matvec_out_kernel[(parts,)](
         y,
-        weight,
-        weight if bias is None else bias,
+        *matrix.pointers,
+        gain if bias is None else bias,
         gain,
         residual,
         values,
@@ -292,7 +330,7 @@ def project_out(
         BLOCK_N=4,
         num_warps=4,
         **_tiles(dim),
-        **_launch(weight.device),
+        **_launch(matrix.device),
     )
     return Gained(values, squares, parts), residual
 
@@ -318,25 +356,50 @@ def finish(step: Step, x: Gained) -> Tensor:
     return y
 
 
-def project_head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits [B, V] fp32 of hidden [B, H]; weight [V, H]; both bf16 or fp16."""
-    rows = hidden.shape[0]
-    if rows == 0 or rows > _VERY_FEW_ROWS:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return _multiply_rows(hidden.contiguous(), weight, rows, x_row=1, block=4, warps=2 * rows)
+def project_head(hidden: Tensor, matrix: Matrix) -> Tensor:
+    """Logits [B, V] fp32 of hidden [B, H], bf16 or fp16; matrix [V, H]."""
+    rows, hidden = hidden.shape[0], hidden.contiguous()
+    if 0 < rows <= matrix.rows_one_by_one:
+        return _multiply_rows(hidden, matrix, rows, x_row=1, block=4, warps=2 * rows)
+    if 0 < rows <= _SOME_ROWS and matrix.scales is not None:
+        return _multiply_whole(hidden, matrix, rows)
+    return torch.mm(hidden, matrix.transposed(hidden.dtype), out_dtype=torch.float32)
 
 
-def _multiply_rows(x: Tensor, weight: Tensor, rows: int, *, x_row: int, block: int, warps: int) -> Tensor:
-    """x W^T [B, out] fp32 of very few rows, which lie ``x_row`` times their width apart; weight [out, in]."""
-    width, size = weight.shape
-    y = torch.empty((rows, width), dtype=torch.float32, device=weight.device)
+def _multiply_whole(x: Tensor, matrix: Matrix, rows: int) -> Tensor:
+    """x W^T [B, out] fp32 of several rows, in one share."""
+    (width, size), device = matrix.shape, matrix.device
+    tile = _tile_in(matrix, rows)
+    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.outputs), 1)
+    y = torch.empty((rows, width), dtype=torch.float32, device=device)
+    product_shared_kernel[grid](
+        x,
+        *matrix.pointers,
+        y,
+        y,
+        y,
+        rows,
+        size,
+        size,
+        width,
+        SUM=False,
+        **_options(replace(tile, share=_share(size, 1)), grid, size),
+        **_launch(device),
+    )
+    return y
+
+
+def _multiply_rows(x: Tensor, matrix: Matrix, rows: int, *, x_row: int, block: int, warps: int) -> Tensor:
+    """x W^T [B, out] fp32 of very few rows, which lie ``x_row`` times their width apart; matrix [out, in]."""
+    width, size = matrix.shape
+    y = torch.empty((rows, width), dtype=torch.float32, device=matrix.device)
     matvec_in_kernel[(triton.cdiv(width, block),)](
         x,
         x,
-        weight,
-        weight,
-        weight,
-        weight,
+        *matrix.pointers,
+        x,
+        x,
+        x,
         y,
         x,
         x,
@@ -356,21 +419,21 @@ def _multiply_rows(x: Tensor, weight: Tensor, rows: int, *, x_row: int, block: i
         X_ROW=x_row,
         num_warps=warps,
         **_tiles(size),
-        **_launch(weight.device),
+        **_launch(matrix.device),
     )
     return y
 
 
 def _project_out_rows(
-    step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
+    step: Step, y: Tensor, matrix: Matrix, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
 ) -> Gained:
-    rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
-    tile = _tile_out(rows, dim)
-    grid, share = _shares(tile, rows, width, dim, weight.device)
-    squares = torch.empty((grid[1], rows), dtype=torch.float32, device=weight.device)
+    rows, (width, dim) = step.num_rows, matrix.shape
+    tile = _tile_out(matrix, rows)
+    grid, share = _shares(tile, rows, width, dim, matrix.device)
+    squares = torch.empty((grid[1], rows), dtype=torch.float32, device=matrix.device)
     product_out_kernel[grid](
         y,
-        weight,
+        *matrix.pointers,
         gain if bias is None else bias,
         gain,
         residual,
@@ -383,16 +446,16 @@ def _project_out_rows(
         width,
         HAS_BIAS=bias is not None,
         **_options(tile, grid, dim),
-        **_launch(weight.device),
+        **_launch(matrix.device),
     )
     return Gained(values, squares, grid[1])
 
 
 def _project_out_and_gather(
-    step: Step, y: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
+    step: Step, y: Tensor, matrix: Matrix, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
 ) -> Gained:
-    rows, (width, dim) = step.num_rows, (weight.shape[0], weight.shape[1])
-    product = _share_out(step, y, weight, _tile_shared(rows, dim, 64, 8), None)
+    rows, width = step.num_rows, matrix.shape[0]
+    product = _share_out(step, y, matrix, _tile_out(matrix, rows), None)
     gather_kernel[(rows,)](
         product,
         gain if bias is None else bias,
@@ -406,18 +469,18 @@ def _project_out_and_gather(
         HAS_BIAS=bias is not None,
         BLOCK_H=triton.next_power_of_2(width),
         num_warps=8,
-        **_launch(weight.device),
+        **_launch(matrix.device),
     )
     return Gained(values, residual, 0)
 
 
-def _share_out(step: Step, x: Tensor, weight: Tensor, tile: Tile, total: Tensor | None) -> Tensor:
+def _share_out(step: Step, x: Tensor, matrix: Matrix, tile: Tile, total: Tensor | None) -> Tensor:
     """x [B, in] W^T in shares of the inputs, [shares, B, out] fp32, and their sum in ``total`` [B, out] if given."""
-    rows, (width, size) = step.num_rows, (weight.shape[0], weight.shape[1])
-    grid, share = _shares(tile, rows, width, size, weight.device)
+    rows, (width, size) = step.num_rows, matrix.shape
+    grid, share = _shares(tile, rows, width, size, matrix.device)
     product_shared_kernel[grid](
         x,
-        weight,
+        *matrix.pointers,
         share if total is None else total,
         share,
         step.counters,
@@ -427,7 +490,7 @@ def _share_out(step: Step, x: Tensor, weight: Tensor, tile: Tile, total: Tensor 
         width,
         SUM=total is not None,
         **_options(tile, grid, size),
-        **_launch(weight.device),
+        **_launch(matrix.device),
     )
     return share
 
@@ -452,8 +515,10 @@ def _options(tile: Tile, grid: tuple[int, int, int], size: int) -> dict[str, int
     }
 
 
-def _tile_in(rows: int, size: int, width: int) -> Tile:
-    block = _block_rows(rows)
+def _tile_in(matrix: Matrix, rows: int) -> Tile:
+    (width, size), block = matrix.shape, _block_rows(rows)
+    if matrix.scales is not None and rows <= _FEW_ROWS and size % 256 == 0:
+        return Tile(block, 32, size, 256, 6)
     # smaller tiles where there would be too few to keep the chip busy
     if width <= 64 * 132:
         block = min(block, 32)
@@ -461,14 +526,22 @@ def _tile_in(rows: int, size: int, width: int) -> Tile:
     return Tile(block, 64, size, inputs, 6 if block * inputs <= 64 * 128 else 4)
 
 
-def _tile_low(rows: int, dim: int) -> Tile:
-    if rows <= _FEW_ROWS:
-        return _tile_shared(rows, dim, 16, 8)
-    return Tile(16, 64, _share(dim, 16), 128, 4)
+def _tile_low(matrix: Matrix, rows: int) -> Tile:
+    dim = matrix.shape[1]
+    if rows > _FEW_ROWS:
+        return Tile(16, 64, _share(dim, 16), 128, 4)
+    return _tile_shared(rows, dim, 16, 8) if matrix.scales is None else Tile(16, 16, _share(dim, 16), 128, 4)
 
 
-def _tile_out(rows: int, dim: int) -> Tile:
-    return Tile(16, 64, _share(dim, 6), 128, 5) if rows <= 16 else _tile_shared(rows, dim, 64, 5)
+def _tile_out(matrix: Matrix, rows: int) -> Tile:
+    """For more rows than _FEW_ROWS without the sum of the shares."""
+    dim = matrix.shape[1]
+    if matrix.scales is not None:
+        block = _block_rows(rows)
+        return Tile(block, 32, _share(dim, 6), 128, 8) if rows <= _FEW_ROWS else Tile(block, 64, _share(dim, 4), 128, 3)
+    if rows <= 16:
+        return Tile(16, 64, _share(dim, 6), 128, 5)
+    return _tile_shared(rows, dim, 64, 5 if rows <= _FEW_ROWS else 8)
 
 
 def _tile_shared(rows: int, size: int, outputs: int, shares: int) -> Tile:

@@ -22,6 +22,15 @@ def await_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
+def fetch_scales(scales_ptr, w_ptr, n, out_width):
+    """What sums of the outputs n are to be multiplied with: [BLOCK_N, 1] for weights in int8, 1 for others."""
+    if w_ptr.dtype.element_ty == tl.int8:
+        return tl.load(scales_ptr + tl.minimum(n, out_width - 1))[:, None]
+    else:  # noqa: RET505  what is not there must not be compiled
+        return 1.0
+
+
+@triton.jit
 def recall(home, mask, K: tl.constexpr):
     """The K-1 inputs kept at ``home``, the oldest first."""
     columns = ()

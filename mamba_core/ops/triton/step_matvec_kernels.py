@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from mamba_core.ops.triton.math import sigmoid
-from mamba_core.ops.triton.step_kernels import await_inputs, recall, shift_state, weigh
+from mamba_core.ops.triton.step_kernels import await_inputs, fetch_scales, recall, shift_state, weigh
 
 
 @triton.jit
@@ -80,6 +80,7 @@ def matvec_in_kernel(
     x_ptr,
     squares_ptr,
     w_ptr,
+    scales_ptr,
     w_bias_ptr,
     taps_ptr,
     conv_bias_ptr,
@@ -116,6 +117,7 @@ def matvec_in_kernel(
     mask_r = r < ROWS
     mask = mask_n[:, None] & mask_r[None, :]
     w0, w1, w2, w3, w4 = fetch_rows(w_ptr, n, in_width, out_width, BLOCK_K, STEPS, EXACT)
+    scales = fetch_scales(scales_ptr, w_ptr, n, out_width)
     is_convolved = tl.program_id(0) * BLOCK_N < dim
     if K > 0:
         slots = tl.load(slots_ptr + r, mask=mask_r, other=0)
@@ -132,6 +134,7 @@ def matvec_in_kernel(
     y = multiply_rows(
         w0, w1, w2, w3, w4, x_ptr, in_width * X_ROW, in_width, ROWS, BLOCK_R, BLOCK_N, BLOCK_K, STEPS, EXACT
     )
+    y *= scales
     if PARTS > 0:
         y = y / tl.sqrt(tl.sum(shares, axis=0) / in_width + eps)[None, :]
     if HAS_BIAS:
@@ -150,6 +153,7 @@ def matvec_in_kernel(
 def matvec_out_kernel(
     x_ptr,
     w_ptr,
+    scales_ptr,
     bias_ptr,
     gain_ptr,
     residual_ptr,
@@ -173,13 +177,13 @@ def matvec_out_kernel(
     mask_r = r < ROWS
     mask = mask_n[:, None] & mask_r[None, :]
     w0, w1, w2, w3, w4 = fetch_rows(w_ptr, n, in_width, out_width, BLOCK_K, STEPS, EXACT)
+    scales = fetch_scales(scales_ptr, w_ptr, n, out_width)
     gain = tl.load(gain_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
     at = r[None, :] * out_width + n[:, None]
     await_inputs(PDL)
     before = tl.load(residual_ptr + at, mask=mask, other=0.0)
-    y = before + multiply_rows(
-        w0, w1, w2, w3, w4, x_ptr, in_width, in_width, ROWS, BLOCK_R, BLOCK_N, BLOCK_K, STEPS, EXACT
-    )
+    y = multiply_rows(w0, w1, w2, w3, w4, x_ptr, in_width, in_width, ROWS, BLOCK_R, BLOCK_N, BLOCK_K, STEPS, EXACT)
+    y = before + y * scales
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     # every thread has read what was there, also one that holds an element beside others

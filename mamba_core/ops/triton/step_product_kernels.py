@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 
 from mamba_core.ops.triton.math import sigmoid
-from mamba_core.ops.triton.step_kernels import await_inputs, recall, shift_state, weigh
+from mamba_core.ops.triton.step_kernels import await_inputs, fetch_scales, recall, shift_state, weigh
 
 
 @triton.jit
 def multiply(
     w_ptr,
+    scales_ptr,
     x_ptr,
     n,
     b,
@@ -31,11 +32,17 @@ def multiply(
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """[BLOCK_N, BLOCK_B] of W [out, in] times x [B, in] over inputs ``begin`` to ``end``, whole blocks if EVEN."""
+    """[BLOCK_N, BLOCK_B] of W [out, in] times x [B, in] over inputs ``begin`` to ``end``, whole blocks if EVEN.
+
+    scales [out] fp32 are for a W in int8, which the type of x holds exactly.
+    """
     k = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + tl.minimum(n, out_width - 1).to(tl.int64)[:, None] * in_width + k[None, :]
     x_ptrs = x_ptr + b.to(tl.int64)[None, :] * x_stride + k[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_B], dtype=tl.float32)
+    scales = fetch_scales(scales_ptr, w_ptr, n, out_width)
+    # what is widened is the second operand: of the first, the compiler reads two bytes at a time
+    IS_INT8: tl.constexpr = w_ptr.dtype.element_ty == tl.int8
+    acc = tl.zeros([BLOCK_B, BLOCK_N] if IS_INT8 else [BLOCK_N, BLOCK_B], dtype=tl.float32)
     for start in range(begin, end, BLOCK_K):
         if EVEN:
             w = tl.load(w_ptrs + start, eviction_policy="evict_first")
@@ -44,8 +51,8 @@ def multiply(
             mask_k = start + k < end
             w = tl.load(w_ptrs + start, mask=mask_k[None, :], other=0.0, eviction_policy="evict_first")
             x = tl.load(x_ptrs + start, mask=mask_b[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(w, x, acc)
-    return acc
+        acc = tl.dot(tl.trans(x), tl.trans(w.to(x.dtype)), acc) if IS_INT8 else tl.dot(w, x, acc)
+    return tl.trans(acc) * scales if IS_INT8 else acc
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])
@@ -53,6 +60,7 @@ def product_in_kernel(
     x_ptr,
     squares_ptr,
     w_ptr,
+    scales_ptr,
     w_bias_ptr,
     taps_ptr,
     conv_bias_ptr,
@@ -100,7 +108,21 @@ def product_in_kernel(
         shares_ptr = squares_ptr + p[:, None] * num_rows + b[None, :]
         shares = tl.load(shares_ptr, mask=(p < PARTS)[:, None] & mask_b[None, :], other=0.0)
     acc = multiply(
-        w_ptr, x_ptr, n, b, mask_b, 0, in_width, in_width, in_width, out_width, BLOCK_N, BLOCK_B, BLOCK_K, EVEN
+        w_ptr,
+        scales_ptr,
+        x_ptr,
+        n,
+        b,
+        mask_b,
+        0,
+        in_width,
+        in_width,
+        in_width,
+        out_width,
+        BLOCK_N,
+        BLOCK_B,
+        BLOCK_K,
+        EVEN,
     )
     if PARTS > 0:
         acc = acc / tl.sqrt(tl.sum(shares, axis=0) / in_width + eps)[None, :]
@@ -146,6 +168,7 @@ def add_shares(acc, at, mask, part, size, share_ptr, counter, SHARES: tl.constex
 def product_shared_kernel(
     x_ptr,
     w_ptr,
+    scales_ptr,
     y_ptr,
     share_ptr,
     count_ptr,
@@ -177,7 +200,21 @@ def product_shared_kernel(
     size = num_rows.to(tl.int64) * out_width
     await_inputs(PDL)
     acc = multiply(
-        w_ptr, x_ptr, n, b, mask_b, begin, end, x_stride, in_width, out_width, BLOCK_N, BLOCK_B, BLOCK_K, EVEN
+        w_ptr,
+        scales_ptr,
+        x_ptr,
+        n,
+        b,
+        mask_b,
+        begin,
+        end,
+        x_stride,
+        in_width,
+        out_width,
+        BLOCK_N,
+        BLOCK_B,
+        BLOCK_K,
+        EVEN,
     )
     if SUM:
         counter = count_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -192,6 +229,7 @@ def product_shared_kernel(
 def product_out_kernel(
     x_ptr,
     w_ptr,
+    scales_ptr,
     bias_ptr,
     gain_ptr,
     residual_ptr,
@@ -225,7 +263,21 @@ def product_out_kernel(
     gain = tl.load(gain_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
     await_inputs(PDL)
     acc = multiply(
-        w_ptr, x_ptr, n, b, mask_b, begin, end, in_width, in_width, out_width, BLOCK_N, BLOCK_B, BLOCK_K, EVEN
+        w_ptr,
+        scales_ptr,
+        x_ptr,
+        n,
+        b,
+        mask_b,
+        begin,
+        end,
+        in_width,
+        in_width,
+        out_width,
+        BLOCK_N,
+        BLOCK_B,
+        BLOCK_K,
+        EVEN,
     )
     mask = mask_n[:, None] & mask_b[None, :]
     at = b.to(tl.int64)[None, :] * out_width + n[:, None]
