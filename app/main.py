@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import uvicorn
@@ -25,6 +26,7 @@ from app.engine.early import EarlyProcess
 from app.engine.interface import EngineClient, EngineStartError
 from app.logging import configure
 from app.metrics import ServerMetrics
+from app.serving.chat_template import ChatTemplate, TemplateError, find_template
 from app.serving.errors import Unavailable
 from app.serving.tokenizer import Tokenizer, TokenizerError
 from app.serving.tokenizer_source import find_tokenizer
@@ -74,7 +76,7 @@ def run(
     with asyncio.Runner(loop_factory=_new_event_loop) as runner:
         try:
             return runner.run(_serve(settings, make_engine or partial(_process_engine, early=early)))
-        except (StartError, EngineStartError, TokenizerError) as error:
+        except (StartError, EngineStartError, TokenizerError, TemplateError) as error:
             logger.critical("cannot serve: %s", error)
             return EXIT_FAILED
 
@@ -143,8 +145,11 @@ async def _serve(settings: Settings, make_engine: Callable[[EngineConfig], Manag
             await engine.stop(_STOP_SECONDS)
 
 
-def _load_tokenizer(name: str) -> Tokenizer:
-    return Tokenizer.from_dir(find_tokenizer(name))
+def _load_texts(settings: Settings, model_dir: str) -> tuple[Tokenizer, ChatTemplate | None]:
+    """What makes tokens of texts and of conversations."""
+    directory = find_tokenizer(settings.tokenizer or model_dir)
+    source = find_template(settings.chat_template, directory, Path(model_dir))
+    return Tokenizer.from_dir(directory), None if source is None else ChatTemplate(source)
 
 
 def _process_engine(config: EngineConfig, early: EarlyProcess | None) -> ManagedEngine:
@@ -188,20 +193,20 @@ class Server:
         """From start to end. Raises EngineStartError, TokenizerError, StartError; the caller stops the engine."""
         if not await self._unless_ended(self._engine.start()):
             return EXIT_OK
-        tokenizer = await asyncio.to_thread(_load_tokenizer, self._settings.tokenizer or self._engine.model_dir)
+        tokenizer, template = await asyncio.to_thread(_load_texts, self._settings, self._engine.model_dir)
         self._listen()
         http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         try:
-            return await self._work(tokenizer)
+            return await self._work(tokenizer, template)
         finally:
             self._http.should_exit = True
             await http
 
-    async def _work(self, tokenizer: Tokenizer) -> int:
+    async def _work(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> int:
         try:
             if await self._unless_ended(self._engine.wait_ready()):
                 garbage.settle()
-                self._context.open_for_requests(tokenizer)
+                self._context.open_for_requests(tokenizer, template)
                 self._announce()
                 await self._unless_ended(asyncio.Event().wait())
         except EngineStartError as error:

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, Pydant
 from app.keys import ApiKey, KeyLimits, join_keys, parse_key, parse_keys
 
 ENV_PREFIX = "MAMBA_"
+BUILT_IN_TEMPLATES = ("chatml",)
 # other programs have variables that begin as ours do, so only a near miss is taken for a mistake
 _NEARLY_OURS = 0.88
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#A-Z]+")
@@ -46,6 +47,12 @@ def _existing_file(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     return path
+
+
+def _template_name(name: str) -> str:
+    if name not in BUILT_IN_TEMPLATES and not Path(name).expanduser().is_file():
+        raise ValueError(f"no such file, nor one of the built-in templates ({', '.join(BUILT_IN_TEMPLATES)}): {name}")
+    return name
 
 
 def _looks_like_path(name: str) -> bool:
@@ -83,6 +90,7 @@ Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecod
 Names = Annotated[tuple[NonEmpty, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+TemplateName = Annotated[NonEmpty, AfterValidator(_template_name)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_not_a_bool)]
@@ -109,6 +117,14 @@ class Settings(BaseSettings):
         (),
         "Model",
         "names that requests may use; the first one is answered (default: the hub id, or the directory's last part)",
+    )
+    chat_template: TemplateName | None = _setting(
+        None,
+        "Model",
+        "file with the Jinja template of conversations, or chatml (default: the checkpoint's own, if any)",
+    )
+    enable_chat_template_kwargs: bool = _setting(
+        False, "Model", "requests may set variables of the chat template (chat_template_kwargs)"
     )
     max_model_len: Count | None = _setting(None, "Model", "most tokens of prompt plus output; none when not given")
 

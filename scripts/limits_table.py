@@ -12,6 +12,7 @@ from app.api import middleware
 from app.api.protocol import ConnectionLimits
 from app.cli import shown_default
 from app.engine import grammars
+from app.serving import chat_sandbox, chat_template
 from app.serving.limits import ServingLimits
 from app.settings import Settings, flag_name
 
@@ -32,6 +33,13 @@ FIELDS = {
     "generation.MAX_STOP_TOKEN_IDS": "`stop_token_ids`: ids",
     "generation.MAX_LOGIT_BIAS": "`logit_bias`: ids",
     "generation.MAX_NAME_CHARACTERS": "`model`: characters",
+    "messages.MAX_MESSAGES": "`messages`: messages",
+    "messages.MAX_PARTS": "`messages`: parts of one message",
+    "messages.MAX_MESSAGE_CHARACTERS": "`messages`: characters of all contents",
+    "messages.MAX_NAME_CHARACTERS": "`messages`: characters of `name` and `tool_call_id`",
+    "tools.MAX_TOOL_CALLS": "`messages`: calls of tools in one message",
+    "tools.MAX_TOOLS": "`tools`: functions",
+    "tools.MAX_TOOL_CHARACTERS": "`tools`: characters of JSON; also of the arguments of a call in `messages`",
     "token_rules.MAX_ALLOWED_TOKEN_IDS": "`allowed_token_ids`: ids",
     "token_rules.MAX_BAD_WORDS": "`bad_words`: strings",
     "token_rules.MAX_BAD_WORD_CHARACTERS": "`bad_words`: characters of a string",
@@ -121,6 +129,12 @@ def _field_limits() -> tuple[Limit, ...]:
             "bytes of a JSON schema, regular expression, list of choices or grammar",
             "400",
             value=str(grammars.MAX_SOURCE_BYTES),
+        ),
+        Limit("seconds to render a chat template", "400", value=f"{chat_sandbox.MAX_SECONDS:g}"),
+        Limit(
+            "characters of a rendered chat template",
+            "400",
+            value=f"{chat_sandbox.MAX_CHARACTERS} + {chat_template.CHARACTERS_PER_CHARACTER} x those of the request",
         ),
         Limit(scores, "400", value=str(limits.max_prompt_logprobs)),
         Limit(

@@ -16,7 +16,7 @@ from app.api.cors import EXPOSED_HEADERS, Cors
 from app.api.errors import HttpError, as_request_error, error_response
 from app.api.middleware import PROBE_PATHS, ApiKeys, CleanErrors, HeadAsGet, LingeringClose, RequestContext, RootPath
 from app.api.openapi import describe, make_schema
-from app.api.routes import completions, docs, models, operations, tokens
+from app.api.routes import chat, completions, docs, models, operations, tokens
 from app.api.shortcut import ShortcutApp
 from app.serving.errors import RequestError
 from app.settings import Settings
@@ -25,7 +25,9 @@ METRICS_PATH = "/metrics"
 # paths that need no key; everything else does, what does not exist included
 OPEN_PATHS = PROBE_PATHS - {METRICS_PATH}
 
-ROUTERS = (completions.router, models.router, tokens.router, operations.router)
+ROUTERS = (completions.router, chat.router, models.router, tokens.router, operations.router)
+# requests for tokens, which go past the framework
+SHORT_ROUTERS = (completions.router, chat.router)
 
 _TITLE = "mamba-serve"
 _DESCRIPTION = "Mamba language models behind OpenAI's API. Errors of every route have the same body."
@@ -49,7 +51,7 @@ def create_app(context: ServerContext) -> FastAPI:
         app.include_router(router)
     if not context.settings.disable_docs:
         app.include_router(docs.router)
-    short = [route for route in completions.router.routes if isinstance(route, APIRoute)]
+    short = [route for router in SHORT_ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     app.shortcuts = {prefix + route.path: route for route in short for prefix in ("", context.settings.root_path)}
     describe(app)
     return app

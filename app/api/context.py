@@ -10,6 +10,7 @@ from app.api.keys import KeyRing
 from app.api.open_requests import OpenRequests
 from app.engine.interface import EngineClient, EngineStatus
 from app.metrics import ServerMetrics
+from app.serving.chat_template import ChatTemplate
 from app.serving.completions import CompletionService
 from app.serving.errors import Unavailable
 from app.serving.limits import ServingLimits
@@ -74,10 +75,18 @@ class ServerContext:
         has_work = len(self.open_requests) > 0 and self.engine.status is EngineStatus.READY
         return self.engine.heartbeat_age() if has_work else 0.0
 
-    def open_for_requests(self, tokenizer: Tokenizer) -> None:
-        """The model is ready: take requests from now on."""
+    def open_for_requests(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+        """The model is ready: take requests from now on, conversations only if there is a template for them."""
         names = self.settings.model_names
-        self.service = CompletionService(self.engine, tokenizer, names, self.limits, self.metrics)
+        self.service = CompletionService(
+            self.engine,
+            tokenizer,
+            names,
+            self.limits,
+            self.metrics,
+            template=template,
+            allows_template_kwargs=self.settings.enable_chat_template_kwargs,
+        )
         self.tokens = TokenService(tokenizer, self.limits, self.service.find_target)
         self.phase = Phase.SERVING
 

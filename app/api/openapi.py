@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
 from app.schemas.errors import ErrorBody
 from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
@@ -17,6 +18,10 @@ from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
 # bodies that routes read by themselves, each with one that works
 BODIES: dict[type[BaseModel], dict[str, Any]] = {
     CompletionRequest: {"prompt": "def fibonacci(n):", "max_tokens": 32, "temperature": 0},
+    ChatRequest: {
+        "messages": [{"role": "user", "content": "Write a function that adds two numbers."}],
+        "max_completion_tokens": 64,
+    },
     TokenizeRequest: {"prompt": "def fibonacci(n):", "return_token_strs": True},
     DetokenizeRequest: {"tokens": [1, 2, 3]},
 }

@@ -9,7 +9,10 @@ from functools import lru_cache
 from app import __version__
 from app.engine.interface import EngineClient, EngineError
 from app.engine.request import ModelInfo
+from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
+from app.serving.chat_template import ChatTemplate
+from app.serving.chat_translate import ChatJob, ChatTranslator
 from app.serving.errors import ModelNotFound
 from app.serving.failures import request_error
 from app.serving.jobs import CompletionJob, Job
@@ -30,7 +33,8 @@ class CompletionService:
     """Completions of one served model.
 
     engine: what generates. model_names: the names that requests may use, the first for requests that use none.
-    observer: told of gaps between tokens, for metrics.
+    observer: told of gaps between tokens, for metrics. template: of chats, None for a model that has none.
+    allows_template_kwargs: clients may set variables of the template.
     """
 
     def __init__(
@@ -40,16 +44,25 @@ class CompletionService:
         model_names: Sequence[str],
         limits: ServingLimits | None = None,
         observer: GapObserver | None = None,
+        *,
+        template: ChatTemplate | None = None,
+        allows_template_kwargs: bool = False,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._model_names = tuple(model_names)
-        self._translator = Translator(tokenizer, Preparation(limits or ServingLimits(), tokenizer))
+        preparation = Preparation(limits or ServingLimits(), tokenizer)
+        self._translator = Translator(tokenizer, preparation)
+        self.chat = ChatTranslator(tokenizer, preparation, template, allows_kwargs=allows_template_kwargs)
         self._turns = Turns(observer)
 
     def job(self, body: CompletionRequest) -> Job:
         """A request of ``/v1/completions``."""
         return CompletionJob(body, self._translator, self.find_target)
+
+    def chat_job(self, body: ChatRequest) -> Job:
+        """A request of ``/v1/chat/completions``."""
+        return ChatJob(body, self.chat, self.find_target)
 
     def find_target(self, model: str | None) -> Target:
         """The model of that name. Raises ModelNotFound, and Unavailable while none is loaded."""

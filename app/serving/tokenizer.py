@@ -80,6 +80,14 @@ class Tokenizer:
         """One token as log-probabilities show it: its text, or ``bytes:\\xe2\\x82`` for a part of a character."""
         return self._text_of(token_id)
 
+    def id_to_bytes(self, token_id: int) -> bytes:
+        """One token's text in UTF-8, or its part of a character; nothing for ids that the tokenizer does not know."""
+        if self.token_bytes is not None:
+            return self.token_bytes[token_id] if token_id < len(self.token_bytes) else b""
+        if token_id in self.byte_of:
+            return bytes([self.byte_of[token_id]])
+        return self.id_to_token_text(token_id).encode("utf-8", "replace")
+
     def _make_token_text(self, token_id: int) -> str:
         if self.token_bytes is not None:
             return _show_bytes(self.token_bytes[token_id]) if token_id < len(self.token_bytes) else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from app.serving.tokenizer import TokenizerError
 
 _FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
+_FILES += ["chat_template.jinja", "chat_template.json"]
 
 
 def find_tokenizer(name: str) -> Path:

@@ -42,14 +42,16 @@ COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_unsupported(extra: Mapping[str, Any] | None) -> None:
+def refuse_unsupported(
+    extra: Mapping[str, Any] | None, fields: Mapping[str, tuple[Any, ...]] = COMPLETION_FIELDS
+) -> None:
     """Raise UnsupportedParameter for the first field of ``extra`` that is known and would have an effect.
 
-    extra: what the schema does not name.
+    extra: what the schema does not name. fields: known ones, with values without effect.
     """
     for name, value in (extra or {}).items():
-        if name not in COMPLETION_FIELDS:
+        if name not in fields:
             continue
         # true equals 1 in Python, and no client means it that way
-        if not any(type(value) is type(known) and value == known for known in COMPLETION_FIELDS[name]):
+        if not any(type(value) is type(known) and value == known for known in fields[name]):
             raise UnsupportedParameter(name)

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from app.api import ServerContext, create_app
 from app.main import QuietServer, uvicorn_config
 from app.metrics import ServerMetrics
+from app.serving.chat_template import ChatTemplate, find_template
 from app.serving.tokenizer import Tokenizer
 from app.settings import Settings
 from tests.fakes import FakeEngine, make_info
@@ -79,18 +80,30 @@ def engine(tokenizer: Tokenizer) -> FakeEngine:
 
 @pytest.fixture
 def serve(engine: FakeEngine, tokenizer: Tokenizer) -> Serve:
-    """Call with settings; ``is_loading`` leaves the model unloaded, ``http`` is another protocol class for uvicorn."""
+    """Call with settings; ``is_loading`` leaves the model unloaded, ``http`` is another protocol class for uvicorn.
+
+    ``template`` is that of conversations, ChatML if none is given, or None for a model without one.
+    """
+    chatml = make_template("chatml")
 
     @asynccontextmanager
-    async def serve(*, is_loading: bool = False, http: Any = None, **settings: Any) -> AsyncIterator[Running]:
+    async def serve(
+        *, is_loading: bool = False, http: Any = None, template: ChatTemplate | None = chatml, **settings: Any
+    ) -> AsyncIterator[Running]:
         context = make_context(engine, **settings)
         if not is_loading:
-            context.open_for_requests(tokenizer)
+            context.open_for_requests(tokenizer, template)
         async with listening(context, http) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             client.timeout = httpx.Timeout(20)
             yield Running(context, engine, port, client)
 
     return serve
+
+
+def make_template(name: str) -> ChatTemplate:
+    source = find_template(name)
+    assert source is not None
+    return ChatTemplate(source)
 
 
 def make_context(engine: FakeEngine, **settings: Any) -> ServerContext:

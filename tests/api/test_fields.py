@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from tokenizers import processors
 
 from app.api.openapi import BODIES
+from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
 from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from app.schemas.wire import WireModel
@@ -61,6 +62,16 @@ class Kind:
 STREAM = {"stream": True}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 JSON_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = '<tool_call>{"name": "f"}</tool_call>'
+# the fake says the prompt again
+CALLING = {
+    "messages": [{"role": "user", "content": CALL + CALL}],
+    "tools": [TOOL],
+    "ignore_eos": True,
+    "max_tokens": 600,
+}
 
 # what all requests for tokens share
 GENERATION: dict[str, Changes] = {
@@ -131,6 +142,28 @@ KINDS: dict[type[BaseModel], Kind] = {
             "best_of": Changes(2),
             "suffix": Changes(" world"),
             "add_special_tokens": Changes(False),
+        },
+    ),
+    ChatRequest: Kind(
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "hello"}], "seed": 1, "max_tokens": 8},
+        {
+            **GENERATION,
+            "stop": Changes("_"),
+            "include_stop_str_in_output": Changes(True, {"stop": "_"}),
+            "skip_special_tokens": Changes(False, {"ignore_eos": True, "add_special_tokens": True}),
+            "messages": Changes([{"role": "user", "content": "hullo"}]),
+            "max_completion_tokens": Changes(3),
+            "max_tokens": Changes(3),
+            "logprobs": Changes(True),
+            "top_logprobs": Changes(1, {"logprobs": True}),
+            "tools": Changes([TOOL]),
+            "tool_choice": Changes("none", {"tools": [TOOL]}),
+            "parallel_tool_calls": Changes(False, CALLING),
+            "add_generation_prompt": Changes(False),
+            "continue_final_message": Changes(True),
+            "add_special_tokens": Changes(True),
+            "chat_template_kwargs": Refused({"a": 1}),
         },
     ),
     TokenizeRequest: Kind(
