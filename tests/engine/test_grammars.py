@@ -170,9 +170,8 @@ def test_what_explodes_elsewhere_costs_little(compiler: Compiler, grammar: Gramm
     for _ in range(20):
         try:
             allowed = np.flatnonzero(np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little"))
-        except MatchError as error:
+        except MatchError:
             # one of the limits, which ends one sample
-            assert "too many" in str(error)
             break
         if allowed.tolist() in ([], [END]):
             break
