@@ -9,7 +9,7 @@ from torch import Tensor
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import persistent_step
-from mamba_core.ops.triton.persistent_step import LayerWeights
+from mamba_core.ops.triton.persistent_step import LayerWeights, Weights
 from mamba_core.ops.triton.step import Gained, Step, finish
 
 # layers narrower than this take less time than their programs' waiting for each other
@@ -29,12 +29,9 @@ def is_applicable(model: MambaModel) -> bool:
 
 def single_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:
     """``fused_step`` for tokens, slots [1]."""
-    model.located_weights = persistent_step.locate(
-        [_weights_of_layer(model, index) for index in range(len(model.layers))], model.located_weights
-    )
     layers = cast(list[MambaBlock], model.layers)
     gained, squares = persistent_step.step(
-        model.located_weights,
+        located(model),
         tokens,
         model.embeddings.weight,
         layers[0].norm.weight,
@@ -46,6 +43,13 @@ def single_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCa
         layers[0].mixer.inner_norm_eps,
     )
     return finish(Step(slots, counters, model.norm_f.eps), Gained(gained, squares, squares.shape[0]))
+
+
+def located(model: MambaModel) -> Weights:
+    """Where the model's weights are now."""
+    weights = [_weights_of_layer(model, index) for index in range(len(model.layers))]
+    model.located_weights = persistent_step.locate(weights, model.located_weights)
+    return model.located_weights
 
 
 def _weights_of_layer(model: MambaModel, index: int) -> LayerWeights:

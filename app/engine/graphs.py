@@ -13,7 +13,7 @@ from mamba_core.ops import Packing
 
 # captured before the first request, with the largest; a step of rows in between takes the next larger one meanwhile.
 # kernels are chosen by the number of rows, and no other bucket needs one that these do not
-FIRST_BUCKETS = (1, 8, 32, 64, 128, 256)
+FIRST_BUCKETS = (1, 8, 16, 32, 64, 128, 256)
 
 # steps that a larger graph has to stand in for before the missing one is captured under load, which costs a pause
 PATIENCE = 32

@@ -1,0 +1,42 @@
+"""Decode of a few sequences on a GPU: one token each through all layers in a single launch."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mamba_core import single_step
+from mamba_core.cache import MambaCache
+from mamba_core.modeling_mamba import MambaBlock, MambaModel
+from mamba_core.ops.triton import persistent_rows
+from mamba_core.ops.triton.step import Gained, Step, finish
+
+
+def is_applicable(model: MambaModel, num_rows: int) -> bool:
+    """Whether ``few_rows_step`` can take the place of ``fused_step`` for so many rows, and is faster."""
+    layers = cast(list[MambaBlock], model.layers)
+    return (
+        1 < num_rows <= persistent_rows.MAX_ROWS
+        and layers[0].mixer.in_proj.weight.dtype == torch.bfloat16
+        and single_step.is_applicable(model)
+    )
+
+
+def few_rows_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:
+    """``fused_step`` for tokens, slots [B], B at most MAX_ROWS."""
+    layers = cast(list[MambaBlock], model.layers)
+    gained, squares = persistent_rows.step(
+        single_step.located(model),
+        tokens,
+        model.embeddings.weight,
+        layers[0].norm.weight,
+        slots,
+        cache.conv,
+        cache.ssm,
+        counters,
+        model.norm_f.eps,
+        layers[0].mixer.inner_norm_eps,
+    )
+    return finish(Step(slots, counters, model.norm_f.eps), Gained(gained, squares, squares.shape[0]))

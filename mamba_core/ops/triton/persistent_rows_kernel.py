@@ -1,0 +1,824 @@
+"""One token each of 2 to 16 sequences through all layers in a single launch: a Gluon kernel, for NVIDIA GPUs.
+
+As in ``persistent_step_kernel``, one program per multiprocessor owns a block of rows of every weight and stays for the
+whole step, and warps of their own copy its weights through a ring of stages in shared memory. Here the products run on
+the matrix units, weights as the operand that is 16 rows high, the sequences as its 8 or 16 columns. A stage is 16 rows
+of 512 columns; each multiplying warp has its own columns of all stages, so that what they are multiplied with is read
+once, straight into registers, and its share of the sums stays its own until a phase ends.
+
+x_proj is split by its columns: a program has those of its own channels, which it knows without asking. Its shares of
+the sums go to memory, each program adds up a few of them over all programs, in a fixed order, and all read the result.
+A layer has four waits, of which two are hidden behind the gate's half of in_proj:
+
+    in_proj for x, convolution and SiLU, x_proj -> shares, counted
+    first tiles of in_proj for the gate; awaited, shares added up -> low, counted
+    other tiles of in_proj for the gate; awaited
+    dt_proj, recurrence, gate -> y, counted and awaited
+    out_proj, residual, squares for the norm -> gained, counted and awaited
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from mamba_core.ops.triton.math import LOG2_E
+from mamba_core.ops.triton.persistent_step_kernel import (
+    CONV_BIAS,
+    COPIER_REGISTERS,
+    DECAY,
+    DT_BIAS,
+    DT_PROJ,
+    FIELDS,
+    GAIN,
+    IN_BIAS,
+    IN_PROJ,
+    OUT_BIAS,
+    OUT_PROJ,
+    SKIP,
+    TAPS,
+    X_PROJ,
+    _await,
+    _barrier,
+    _bf16,
+    _copy,
+    _count,
+    _next,
+    _share,
+    _sigmoid,
+    _softplus,
+    _view,
+)
+
+# of a tile: rows, columns, and both together
+HIGH = gl.constexpr(16)
+WIDE = gl.constexpr(512)
+TILE = gl.constexpr(16 * 512)
+
+
+@gluon.jit
+def _nothing():
+    """Zero, which the compiler does not know: what is reckoned from it is not kept in registers from layer to layer."""
+    # what it does know keeps wide accesses wide
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1) * 64
+
+
+@gluon.jit
+def _indices_2d(A: gl.constexpr, B: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of the elements of a tensor [A, B]: [A, 1] and [1, B]."""
+    nothing = _nothing()
+    i = gl.arange(0, A, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    j = gl.arange(0, B, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    return i + nothing, j + nothing
+
+
+@gluon.jit
+def _indices_3d(A: gl.constexpr, B: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of the elements of a tensor [A, B, C]: [A, 1, 1], [1, B, 1] and [1, 1, C]."""
+    nothing = _nothing()
+    i = gl.arange(0, A, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    j = gl.arange(0, B, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    k = gl.arange(0, C, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    return i + nothing, j + nothing, k + nothing
+
+
+@gluon.jit
+def _own_channels(D: gl.constexpr, PROGRAMS: gl.constexpr):
+    """The first of this program's channels, and how many: whole 16 bytes of a row of x_proj."""
+    first, count = _share(D // 8, PROGRAMS)
+    return first * 8, count * 8
+
+
+@gluon.jit
+def _filled(ring, at, STAGES: gl.constexpr, AHEAD: gl.constexpr):
+    """Tell of the copies just begun, and let no more than AHEAD such groups be on their way."""
+    _, filled, _ = ring
+    slot, _ = at
+    async_copy.mbarrier_arrive(filled.index(slot), increment_count=False)
+    async_copy.commit_group()
+    async_copy.wait_group(AHEAD)
+    return _next(at, STAGES)
+
+
+@gluon.jit
+def _put(
+    ring,
+    at,
+    w_at,
+    first_row,
+    num_rows,
+    column,
+    WIDTH: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COPIERS: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """Copy num_rows rows, 16 at most, of 512 columns of W [*, WIDTH] into the next slot, once that is free."""
+    tiles, _, freed = ring
+    slot, turn = at
+    OWN: gl.constexpr = WIDE // WARPS
+    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [256 // OWN, 1, OWN // 8], [1, COPIERS, 1], [2, 1, 0])
+    share, row, own = _indices_3d(WARPS, HIGH, OWN, COPY)
+    mask = gl.max_constancy((row < num_rows) & (share + own >= 0), [1, 1, OWN])
+    w_ptr = _bf16(w_at) + first_row.to(gl.int64) * WIDTH + column
+    pointers = gl.multiple_of(w_ptr + (row * WIDTH + share * OWN + own), [1, 1, 16])
+    mbarrier.wait(freed.index(slot), turn ^ 1)
+    _copy(tiles.index(slot), pointers, mask=mask)
+    return _filled(ring, at, STAGES, AHEAD)
+
+
+@gluon.jit
+def _put_block(
+    ring,
+    at,
+    w_at,
+    num_rows,
+    num_columns,
+    STRIDE: gl.constexpr,
+    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    COPIERS: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """The same for a block of at most [ROWS, TILE / ROWS], of whole 16 bytes a row."""
+    tiles, _, freed = ring
+    slot, turn = at
+    COLUMNS: gl.constexpr = TILE // ROWS
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [COPIERS, 1], [1, 0])
+    row, column = _indices_2d(ROWS, COLUMNS, COPY)
+    mask = gl.max_constancy((row < num_rows) & (column < num_columns), [1, 8])
+    pointers = gl.multiple_of(_bf16(w_at) + (row * STRIDE + column), [1, 16])
+    mbarrier.wait(freed.index(slot), turn ^ 1)
+    _copy(_view(tiles, gl.bfloat16, [STAGES, ROWS, COLUMNS], SHARED).index(slot), pointers, mask=mask)
+    return _filled(ring, at, STAGES, AHEAD)
+
+
+@gluon.jit
+def _copy_weights(
+    ring,
+    table_ptr,
+    layers,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    LOW_WIDTH: gl.constexpr,
+    BLOCK_C: gl.constexpr,
+    C_TILES: gl.constexpr,
+    O_TILES: gl.constexpr,
+    O_ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COPIERS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    OUT_AHEAD: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+):
+    """What the warps do that copy: all stages of the step, in the order in which they are used."""
+    first_c, count_c = _own_channels(D, PROGRAMS)
+    first_o, count_o = _share(H, PROGRAMS)
+    LOW_ROWS: gl.constexpr = TILE // BLOCK_C
+    at = (first_c * 0, first_c * 0)
+    in_next, p_next = gl.load(table_ptr + IN_PROJ), gl.load(table_ptr + X_PROJ)
+    dt_next, out_next = gl.load(table_ptr + DT_PROJ), gl.load(table_ptr + OUT_PROJ)
+    for layer in range(layers):
+        in_at, p_at, dt_at, out_at = in_next, p_next, dt_next, out_next
+        entry = table_ptr + gl.minimum(layer + 1, layers - 1) * FIELDS
+        in_next, p_next = gl.load(entry + IN_PROJ), gl.load(entry + X_PROJ)
+        dt_next, out_next = gl.load(entry + DT_PROJ), gl.load(entry + OUT_PROJ)
+        for t in range(C_TILES):
+            for j in range(H // WIDE):
+                row, left = first_c + t * HIGH, count_c - t * HIGH
+                at = _put(ring, at, in_at, row, left, j * WIDE, H, STAGES, WARPS, COPIERS, AHEAD)
+        for i in range((LOW_WIDTH + LOW_ROWS - 1) // LOW_ROWS):
+            w_at = p_at + (i * LOW_ROWS * D + first_c).to(gl.int64) * 2
+            at = _put_block(ring, at, w_at, LOW_WIDTH - i * LOW_ROWS, count_c, D, LOW_ROWS, STAGES, COPIERS, AHEAD)
+        for t in range(C_TILES):
+            for j in range(H // WIDE):
+                row, left = D + first_c + t * HIGH, count_c - t * HIGH
+                at = _put(ring, at, in_at, row, left, j * WIDE, H, STAGES, WARPS, COPIERS, AHEAD)
+        for i in range((R + LOW_ROWS - 1) // LOW_ROWS):
+            w_at = dt_at + (first_c * R + i * LOW_ROWS).to(gl.int64) * 2
+            at = _put_block(ring, at, w_at, count_c, R - i * LOW_ROWS, R, BLOCK_C, STAGES, COPIERS, AHEAD)
+        for j in range(D // WIDE):
+            for t in range(O_TILES):
+                left = gl.minimum(count_o - t * O_ROWS, O_ROWS)
+                at = _put(ring, at, out_at, first_o + t * O_ROWS, left, j * WIDE, D, STAGES, WARPS, COPIERS, OUT_AHEAD)
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _inputs(x_ptr, column, rows, STRIDE: gl.constexpr, BLOCK_B: gl.constexpr, WARPS: gl.constexpr):
+    """What a tile is multiplied with: 512 columns of x [rows, STRIDE], each warp its own."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    INPUT: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
+    OWN: gl.constexpr = WIDE // WARPS
+    share, own, b = _indices_3d(WARPS, OWN, BLOCK_B, INPUT)
+    offset = column + (b * STRIDE + share * OWN + own)
+    pointers = gl.max_contiguous(gl.multiple_of(x_ptr + offset, [1, 16, 1]), [1, 8, 1])
+    mask = gl.max_constancy((b < rows) & (share + own >= 0), [1, 8, 1])
+    return gl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@gluon.jit
+def _take(ring, at, COUNT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):
+    """The next COUNT tiles, each warp's columns of them, [WARPS, 16, 512 / WARPS]."""
+    tiles, filled, freed = ring
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    slots = ()
+    for i in gl.static_range(COUNT):
+        slot, turn = at
+        if i == COUNT - 1:
+            # a copying thread tells of a tile once its copies of that one and of all before are there
+            mbarrier.wait(filled.index(slot), turn)
+        slots += (slot,)
+        at = _next(at, STAGES)
+    w = ()
+    for i in gl.static_range(COUNT):
+        # eight columns in a row for each thread: read 16 bytes at a time, as x is
+        w += (tiles.index(slots[i]).load(gl.DotOperandLayout(0, MMA, 8)),)
+    # a slot is free once every thread has read it
+    _barrier()
+    for i in gl.static_range(COUNT):
+        mbarrier.arrive(freed.index(slots[i]))
+    return at, w
+
+
+@gluon.jit
+def _multiply_block(ring, at, x, acc, ROWS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):
+    """acc [ROWS, B] and the next block [ROWS, TILE / ROWS] times x [TILE / ROWS, B], each warp its own rows."""
+    tiles, filled, freed = ring
+    slot, turn = at
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
+    mbarrier.wait(filled.index(slot), turn)
+    block = _view(tiles, gl.bfloat16, [STAGES, ROWS, TILE // ROWS], SHARED).index(slot)
+    w = block.load(gl.DotOperandLayout(0, MMA, 8))
+    _barrier()
+    mbarrier.arrive(freed.index(slot))
+    return _next(at, STAGES), mma_v2(w, x, acc)
+
+
+@gluon.jit
+def _multiply_rows(
+    ring,
+    at,
+    x,
+    sums,
+    first,
+    last,
+    PIECES: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """The next tiles times x, 16 rows after 16 rows: sums [tiles, WARPS, 16, B] of tiles first to last."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    for t in range(first, last):
+        acc = gl.zeros([WARPS, HIGH, BLOCK_B], gl.float32, MMA)
+        for j in gl.static_range(0, PIECES, GROUP):
+            at, w = _take(ring, at, GROUP if j + GROUP <= PIECES else PIECES - j, STAGES, WARPS)
+            for i in gl.static_range(GROUP):
+                if j + i < PIECES:
+                    acc = mma_v2(w[i], x[j + i], acc)
+        sums.index(t).store(acc)
+    return at
+
+
+@gluon.jit
+def _total(sums, TILES: gl.constexpr, BLOCK_B: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The sums of a phase, [TILES, 16, B]."""
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    return gl.sum(_view(sums, gl.float32, [TILES, WARPS, HIGH, BLOCK_B], SHARED).load(LAYOUT), axis=1)
+
+
+@gluon.jit
+def _slots(slots_ptr, b, rows):
+    return gl.load(slots_ptr + b, mask=b < rows, other=0).to(gl.int32)
+
+
+@gluon.jit
+def _home(slot, stride):
+    return (slot + _nothing()).to(gl.int64) * stride
+
+
+@gluon.jit
+def _state(
+    ssm_ptr,
+    slot,
+    stride,
+    first,
+    count,
+    N: gl.constexpr,
+    BLOCK_C: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """The state of eight rows, [8, channels, N]; rows that are not there have that of a slot that is."""
+    _, d, n = _indices_3d(8, BLOCK_C, BLOCK_N, LAYOUT)
+    return gl.load(ssm_ptr + _home(slot, stride) + ((first + d) * N + n), mask=(d < count) & (n < N), other=0.0)
+
+
+@gluon.jit
+def _inputs_of_state(low_ptr, part, R: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """B and C of eight rows, [8, N] each."""
+    b, n = _indices_2d(8, BLOCK_N, LAYOUT)
+    at = low_ptr + ((part * 8 + b) * (R + 2 * N) + R + n)
+    mask = (n < N) & (b >= 0)
+    b_ = gl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    return b_, gl.load(at + N, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@gluon.jit
+def _begin(
+    tokens_ptr,
+    embeddings_ptr,
+    gain_ptr,
+    first,
+    count,
+    rows,
+    H: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    O_ROWS: gl.constexpr,
+    O_SPACE: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """This program's part of the residual, the tokens' embeddings, [tiles, 16, B], and the gain of the first norm."""
+    tile, row, b = _indices_3d(O_SPACE, HIGH, BLOCK_B, LAYOUT)
+    o = tile * O_ROWS + row
+    mask = (row < O_ROWS) & (o < count)
+    token = gl.load(tokens_ptr + b, mask=b < rows, other=0)
+    at = embeddings_ptr + token * H + (first + o)
+    residual = gl.load(at, mask=mask & (b < rows), other=0.0).to(gl.float32)
+    return residual, gl.load(gain_ptr + first + o, mask=mask, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _tell(
+    residual,
+    gain,
+    gained_ptr,
+    squares_ptr,
+    first,
+    count,
+    rows,
+    H: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    O_ROWS: gl.constexpr,
+    O_SPACE: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Write this program's part of the residual [tiles, 16, B] for all: with the gain of the norm, and its squares."""
+    tile, row, b = _indices_3d(O_SPACE, HIGH, BLOCK_B, LAYOUT)
+    o = tile * O_ROWS + row
+    mask = (row < O_ROWS) & (o < count) & (b < rows)
+    gl.store(gained_ptr + (b * H + first + o), (residual * gain).to(gl.bfloat16), mask=mask)
+    square = gl.sum(gl.sum(residual * residual, axis=0), axis=0)
+    b = gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+    gl.store(squares_ptr + gl.program_id(0) * BLOCK_B + b, square)
+
+
+@gluon.jit
+def _advance(
+    ring,
+    sums,
+    kept,
+    table_ptr,
+    tokens_ptr,
+    embeddings_ptr,
+    gain_ptr,
+    slots_ptr,
+    conv_ptr,
+    ssm_ptr,
+    shares_ptr,
+    low_ptr,
+    y_ptr,
+    gained_ptr,
+    squares_ptr,
+    counter_ptr,
+    rows,
+    layers,
+    conv_layer_stride,
+    conv_stride,
+    ssm_layer_stride,
+    ssm_stride,
+    eps,
+    inner_eps,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr,
+    BLOCK_L: gl.constexpr,
+    C_TILES: gl.constexpr,
+    Z_TILES: gl.constexpr,
+    O_TILES: gl.constexpr,
+    O_ROWS: gl.constexpr,
+    O_SPACE: gl.constexpr,
+    SKIP_DTYPE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_CONV_BIAS: gl.constexpr,
+    NORM: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    S_WARPS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """What the warps that multiply do: the step itself."""
+    LOW_WIDTH: gl.constexpr = R + 2 * N
+    LOW_ROWS: gl.constexpr = TILE // BLOCK_C
+    LOW_STAGES: gl.constexpr = (LOW_WIDTH + LOW_ROWS - 1) // LOW_ROWS
+    DT_STAGES: gl.constexpr = (R + LOW_ROWS - 1) // LOW_ROWS
+    C_SPACE: gl.constexpr = BLOCK_C // HIGH
+    x_kept, z_kept, dt_kept, low_kept = kept
+    TILES: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    BLOCKS: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(1, BLOCKS, 8)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    # [tiles, warps, 16, B] of sums and what is left without the warps: channels, rows of the residual
+    C_SUMS: gl.constexpr = gl.BlockedLayout(
+        [1, WARPS, 1, 1], [1, 1, 32 // BLOCK_B, BLOCK_B], [C_SPACE, 1, WARPS // C_SPACE, 1], [3, 2, 1, 0]
+    )
+    CHANNEL: gl.constexpr = gl.SliceLayout(1, C_SUMS)
+    O_SUMS: gl.constexpr = gl.BlockedLayout(
+        [1, WARPS, 1, 1], [1, 1, 32 // BLOCK_B, BLOCK_B], [O_SPACE, 1, WARPS // O_SPACE, 1], [3, 2, 1, 0]
+    )
+    OUTPUT: gl.constexpr = gl.SliceLayout(1, O_SUMS)
+    # [8, channels, N]
+    STATE: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [WARPS // S_WARPS, S_WARPS, 1], [2, 1, 0])
+    STATE_C: gl.constexpr = gl.SliceLayout(2, STATE)
+    STATE_N: gl.constexpr = gl.SliceLayout(1, STATE)
+    # one value per program for each of B; of some sums, 4 outputs a thread; [B, R]
+    EACH: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_B, BLOCK_B // 4], [WARPS, 1], [1, 0])
+    SHARES: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_L, BLOCK_L // 4], [WARPS, 1], [1, 0])
+    LOW: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+
+    pid = gl.program_id(0)
+    first_c, count_c = _own_channels(D, PROGRAMS)
+    first_o, count_o = _share(H, PROGRAMS)
+    first_l, count_l = _share(LOW_WIDTH * BLOCK_B // 4, PROGRAMS)
+
+    # where each row's state lives
+    conv_slot = _slots(slots_ptr, _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)[2], rows)
+    ssm_slots = ()
+    for part in gl.static_range(BLOCK_B // 8):
+        ssm_slots += (_slots(slots_ptr, part * 8 + _indices_3d(8, BLOCK_C, BLOCK_N, STATE)[0], rows),)
+    residual, gain = _begin(
+        tokens_ptr, embeddings_ptr, gain_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, OUTPUT
+    )
+    _tell(residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, OUTPUT)
+
+    at = (pid * 0, pid * 0)
+    target = 0
+    for layer in range(layers):
+        entry = table_ptr + layer * FIELDS
+        taps_at, conv_bias_at = gl.load(entry + TAPS), gl.load(entry + CONV_BIAS)
+        in_bias_at, out_bias_at = gl.load(entry + IN_BIAS), gl.load(entry + OUT_BIAS)
+        target += PROGRAMS
+        _count(counter_ptr)
+        # what is small and this program's own, on its way while it waits
+        tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)
+        c = tile * HIGH + row
+        mask_c = c < count_c
+        taps_ptr = _bf16(taps_at) + (first_c + c) * K
+        past = gl.zeros([C_SPACE, HIGH, BLOCK_B], gl.float32, CHANNEL)
+        if HAS_CONV_BIAS:
+            conv_bias_ptr = _bf16(conv_bias_at) + first_c
+            past += gl.load(conv_bias_ptr + c, mask=mask_c, other=0.0).to(gl.float32)
+        window_ptr = conv_ptr + _home(conv_slot, conv_stride) + (first_c + c) * (K - 1)
+        columns = ()
+        for j in gl.static_range(K - 1):
+            old = gl.load(window_ptr + j, mask=mask_c & (b < rows), other=0.0)
+            past += old.to(gl.float32) * gl.load(taps_ptr + j, mask=mask_c, other=0.0).to(gl.float32)
+            columns += (old,)
+        newest = gl.load(taps_ptr + K - 1, mask=mask_c, other=0.0).to(gl.float32)
+        if HAS_BIAS:
+            in_bias_ptr = _bf16(in_bias_at) + first_c
+            x_bias = gl.load(in_bias_ptr + c, mask=mask_c, other=0.0).to(gl.float32)
+            z_bias = gl.load(in_bias_ptr + D + c, mask=mask_c, other=0.0).to(gl.float32)
+            tile, row, b = _indices_3d(O_SPACE, HIGH, BLOCK_B, OUTPUT)
+            o = tile * O_ROWS + row
+            out_bias_ptr = _bf16(out_bias_at) + first_o
+            out_bias = gl.load(out_bias_ptr + o, mask=(row < O_ROWS) & (o < count_o), other=0.0)
+            residual += gl.where(b < rows, out_bias.to(gl.float32), 0.0)
+        _await(counter_ptr, target)
+
+        hidden = ()
+        for j in gl.static_range(H // WIDE):
+            hidden += (_inputs(gained_ptr, j * WIDE, rows, H, BLOCK_B, WARPS),)
+        p, b = _indices_2d(256, BLOCK_B, EACH)
+        squares_at = squares_ptr + (p * BLOCK_B + b)
+        squares = gl.load(squares_at, mask=(p < PROGRAMS) & (b >= 0), other=0.0, cache_modifier=".cg")
+        at = _multiply_rows(ring, at, hidden, sums, 0, C_TILES, H // WIDE, BLOCK_B, STAGES, WARPS, GROUP)
+        scale = 1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps)
+        scale = gl.convert_layout(scale, gl.SliceLayout(0, gl.SliceLayout(1, CHANNEL)))[None, None, :]
+        x = _total(sums, C_SPACE, BLOCK_B, WARPS, C_SUMS) * scale
+        if HAS_BIAS:
+            x += x_bias
+        new = x.to(conv_ptr.dtype.element_ty)
+        x = past + new.to(gl.float32) * newest
+        # other programs' channels, and sums of tiles that are not there, may be anything but must count as zero
+        tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)
+        mask = (tile * HIGH + row < count_c) & (b < rows)
+        x = gl.where(mask, x * _sigmoid(x), 0.0).to(gl.bfloat16)
+        _view(x_kept, gl.bfloat16, [BLOCK_B, C_SPACE, HIGH], FLAT).permute((1, 2, 0)).store(x)
+        inner = x_kept.permute((1, 0)).load(OPERAND)
+        dt_bias_at, decay_at = gl.load(entry + DT_BIAS), gl.load(entry + DECAY)
+        skip_at, gain_at = gl.load(entry + SKIP), gl.load(entry + GAIN)
+        for i in gl.static_range(LOW_STAGES):
+            acc = gl.zeros([LOW_ROWS, BLOCK_B], gl.float32, BLOCKS)
+            at, acc = _multiply_block(ring, at, inner, acc, LOW_ROWS, STAGES, WARPS)
+            row, b = _indices_2d(LOW_ROWS, BLOCK_B, BLOCKS)
+            share_at = shares_ptr + pid * (LOW_WIDTH * BLOCK_B) + ((i * LOW_ROWS + row) * BLOCK_B + b)
+            gl.store(share_at, acc, mask=(i * LOW_ROWS + row < LOW_WIDTH) & (b >= 0))
+        target += PROGRAMS
+        _count(counter_ptr)
+
+        # by now every thread has read what was there, also one that holds an element beside others
+        tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)
+        c = tile * HIGH + row
+        mask = (c < count_c) & (b < rows)
+        window_ptr = conv_ptr + _home(conv_slot, conv_stride) + (first_c + c) * (K - 1)
+        for j in gl.static_range(1, K - 1):
+            gl.store(window_ptr + (j - 1), columns[j], mask=mask)
+        gl.store(window_ptr + (K - 2), new, mask=mask)
+
+        # what the recurrence needs and no other program writes
+        _, d, n = _indices_3d(8, BLOCK_C, BLOCK_N, STATE)
+        decay_ptr = decay_at.to(gl.pointer_type(gl.float32)) + first_c * N
+        a_ptr = gl.multiple_of(decay_ptr + (d * N + n), [1, 1, 16])
+        a = gl.load(a_ptr, mask=(d < count_c) & (n < N), other=0.0) * LOG2_E
+        states = (_state(ssm_ptr, ssm_slots[0], ssm_stride, first_c, count_c, N, BLOCK_C, BLOCK_N, STATE),)
+        _, d = _indices_2d(8, BLOCK_C, STATE_C)
+        dt_bias_ptr = _bf16(dt_bias_at) + first_c
+        dt_bias = gl.load(dt_bias_ptr + d, mask=d < count_c, other=0.0).to(gl.float32)
+        skip_ptr = skip_at.to(gl.pointer_type(SKIP_DTYPE)) + first_c
+        skip = gl.load(skip_ptr + d, mask=d < count_c, other=0.0).to(gl.float32)
+        tile, row, b = _indices_3d(O_SPACE, HIGH, BLOCK_B, OUTPUT)
+        o = tile * O_ROWS + row
+        next_gain_ptr = _bf16(gain_at) + first_o
+        gain = gl.load(next_gain_ptr + o, mask=(row < O_ROWS) & (o < count_o), other=0.0).to(gl.float32)
+        at = _multiply_rows(ring, at, hidden, sums, 0, Z_TILES, H // WIDE, BLOCK_B, STAGES, WARPS, GROUP)
+
+        _await(counter_ptr, target)
+        p, i = _indices_2d(256, BLOCK_L, SHARES)
+        some_at = gl.multiple_of(shares_ptr + (p * (LOW_WIDTH * BLOCK_B) + first_l * 4 + i), [1, 16])
+        mask = gl.max_constancy((p < PROGRAMS) & (i < count_l * 4), [1, 4])
+        total = gl.sum(gl.load(some_at, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
+        i = gl.arange(0, BLOCK_L, layout=gl.SliceLayout(0, SHARES)) + _nothing()
+        index = first_l * 4 + i
+        gl.store(low_ptr + index % BLOCK_B * LOW_WIDTH + index // BLOCK_B, total, mask=i < count_l * 4)
+        target += PROGRAMS
+        _count(counter_ptr)
+
+        at = _multiply_rows(ring, at, hidden, sums, Z_TILES, C_TILES, H // WIDE, BLOCK_B, STAGES, WARPS, GROUP)
+        z = _total(sums, C_SPACE, BLOCK_B, WARPS, C_SUMS) * scale
+        if HAS_BIAS:
+            z += z_bias
+        z = z.to(gl.bfloat16).to(gl.float32)
+        _view(z_kept, gl.float32, [BLOCK_B, C_SPACE, HIGH], FLAT).permute((1, 2, 0)).store(z * _sigmoid(z))
+
+        _await(counter_ptr, target)
+        power = gl.zeros([BLOCK_B], gl.float32, gl.SliceLayout(1, LOW))
+        b, r = _indices_2d(BLOCK_B, LOW_ROWS, LOW)
+        for i in gl.static_range(DT_STAGES):
+            mask = gl.max_constancy((i * LOW_ROWS + r < R) & (b >= 0), [1, 4])
+            low = gl.load(low_ptr + (b * LOW_WIDTH + i * LOW_ROWS + r), mask=mask, other=0.0, cache_modifier=".cg")
+            power += gl.sum(low * low, axis=1)
+            low_kept.index(i).store(low.to(gl.bfloat16))
+        inputs = (_inputs_of_state(low_ptr, 0, R, N, BLOCK_N, STATE_N),)
+        dt = gl.zeros([BLOCK_C, BLOCK_B], gl.float32, BLOCKS)
+        for i in gl.static_range(DT_STAGES):
+            low = low_kept.index(i).permute((1, 0)).load(OPERAND)
+            at, dt = _multiply_block(ring, at, low, dt, BLOCK_C, STAGES, WARPS)
+        if NORM:
+            power = gl.convert_layout(power, gl.SliceLayout(0, BLOCKS))
+            dt = dt / gl.sqrt(power / R + inner_eps)[None, :]
+        dt_kept.store(dt)
+        moved = ()
+        for part in gl.static_range(BLOCK_B // 8):
+            b_, c_ = inputs[part]
+            if part + 1 < BLOCK_B // 8:
+                inputs += (_inputs_of_state(low_ptr, part + 1, R, N, BLOCK_N, STATE_N),)
+                slot = ssm_slots[part + 1]
+                states += (_state(ssm_ptr, slot, ssm_stride, first_c, count_c, N, BLOCK_C, BLOCK_N, STATE),)
+            if NORM:
+                b_ = b_ / gl.sqrt(gl.sum(b_ * b_, axis=1) / N + inner_eps)[:, None]
+                c_ = c_ / gl.sqrt(gl.sum(c_ * c_, axis=1) / N + inner_eps)[:, None]
+            delta = _softplus(dt_kept.permute((1, 0)).slice(part * 8, 8).load(STATE_C) + dt_bias)
+            x = x_kept.slice(part * 8, 8).load(STATE_C).to(gl.float32)
+            grown = gl.expand_dims(delta * x, 2) * gl.expand_dims(b_, 1)
+            h = gl.exp2(gl.expand_dims(delta, 2) * a) * states[part].to(gl.float32) + grown
+            y = gl.sum(h * gl.expand_dims(c_, 1), axis=2) + skip * x
+            y = y * z_kept.slice(part * 8, 8).load(STATE_C)
+            b, d = _indices_2d(8, BLOCK_C, STATE_C)
+            y_at = y_ptr + ((part * 8 + b) * D + first_c + d)
+            gl.store(y_at, y.to(gl.bfloat16), mask=(part * 8 + b < rows) & (d < count_c))
+            moved += (h,)
+        target += PROGRAMS
+        _count(counter_ptr)
+        for part in gl.static_range(BLOCK_B // 8):
+            b, d, n = _indices_3d(8, BLOCK_C, BLOCK_N, STATE)
+            h_ptr = ssm_ptr + _home(ssm_slots[part], ssm_stride) + ((first_c + d) * N + n)
+            mask = (d < count_c) & (n < N) & (part * 8 + b < rows)
+            gl.store(h_ptr, moved[part].to(ssm_ptr.dtype.element_ty), mask=mask)
+        _await(counter_ptr, target)
+
+        pieces = ()
+        for j in gl.static_range(DEPTH if DEPTH < D // WIDE else D // WIDE):
+            pieces += (_inputs(y_ptr, j * WIDE, rows, D, BLOCK_B, WARPS),)
+        accs = ()
+        for _ in gl.static_range(O_TILES):
+            accs += (gl.zeros([WARPS, HIGH, BLOCK_B], gl.float32, TILES),)
+        for j in gl.static_range(D // WIDE):
+            if j + DEPTH < D // WIDE:
+                pieces += (_inputs(y_ptr, (j + DEPTH) * WIDE, rows, D, BLOCK_B, WARPS),)
+            at, w = _take(ring, at, O_TILES, STAGES, WARPS)
+            news = ()
+            for t in gl.static_range(O_TILES):
+                news += (mma_v2(w[t], pieces[j], accs[t]),)
+            accs = news
+        for t in gl.static_range(O_TILES):
+            sums.index(t).store(accs[t])
+        tile, row, b = _indices_3d(O_SPACE, HIGH, BLOCK_B, OUTPUT)
+        mask = (row < O_ROWS) & (tile * O_ROWS + row < count_o) & (b < rows)
+        residual += gl.where(mask, _total(sums, O_SPACE, BLOCK_B, WARPS, O_SUMS), 0.0)
+        _tell(residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, OUTPUT)
+        conv_ptr += conv_layer_stride
+        ssm_ptr += ssm_layer_stride
+
+    # nobody waits any more: the last one leaves the counter as it was
+    if gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == target + PROGRAMS - 1:
+        gl.store(counter_ptr, 0)
+
+
+@gluon.jit(do_not_specialize=["rows", "layers", "eps", "inner_eps"])
+def persistent_rows_kernel(
+    table_ptr,
+    tokens_ptr,
+    embeddings_ptr,
+    gain_ptr,
+    slots_ptr,
+    conv_ptr,
+    ssm_ptr,
+    shares_ptr,
+    low_ptr,
+    y_ptr,
+    gained_ptr,
+    squares_ptr,
+    counter_ptr,
+    rows,
+    layers,
+    conv_layer_stride,
+    conv_stride,
+    ssm_layer_stride,
+    ssm_stride,
+    eps,
+    inner_eps,
+    H: gl.constexpr,
+    D: gl.constexpr,
+    R: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr,
+    BLOCK_L: gl.constexpr,
+    C_TILES: gl.constexpr,
+    Z_TILES: gl.constexpr,
+    O_TILES: gl.constexpr,
+    O_ROWS: gl.constexpr,
+    O_SPACE: gl.constexpr,
+    SKIP_DTYPE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_CONV_BIAS: gl.constexpr,
+    NORM: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    COPIERS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    OUT_AHEAD: gl.constexpr,
+    S_WARPS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """gained [B, H] and squares [PROGRAMS, BLOCK_B] of the last residual for tokens [B], states in slots [B] moved on.
+
+    table [layers, FIELDS] int64 addresses. shares [PROGRAMS, R + 2 N, BLOCK_B], low [BLOCK_B, R + 2 N] fp32, y [B, D]:
+    room for what programs tell each other. counter is zero before and after. COPIERS warps copy, AHEAD stages and one
+    more at a time, OUT_AHEAD and one more of out_proj's.
+    """
+    LOW_WIDTH: gl.constexpr = R + 2 * N
+    LOW_ROWS: gl.constexpr = TILE // BLOCK_C
+    DT_STAGES: gl.constexpr = (R + LOW_ROWS - 1) // LOW_ROWS
+    SPACE: gl.constexpr = O_SPACE if O_SPACE > BLOCK_C // HIGH else BLOCK_C // HIGH
+    # a quarter of a warp reads 64 bytes of two rows: into different banks
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [2, 1, 0])
+    SWIZZLED_2D: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    FLAT_2D: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, WARPS, HIGH, WIDE // WARPS], SWIZZLED)
+    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(filled.index(i), count=COPIERS * 32)
+        mbarrier.init(freed.index(i), count=1)
+    ring = (tiles, filled, freed)
+    sums = gl.allocate_shared_memory(gl.float32, [SPACE, WARPS, HIGH, BLOCK_B], FLAT)
+    kept = (
+        gl.allocate_shared_memory(gl.bfloat16, [BLOCK_B, BLOCK_C], FLAT_2D),
+        gl.allocate_shared_memory(gl.float32, [BLOCK_B, BLOCK_C], FLAT_2D),
+        gl.allocate_shared_memory(gl.float32, [BLOCK_C, BLOCK_B], FLAT_2D),
+        gl.allocate_shared_memory(gl.bfloat16, [DT_STAGES, BLOCK_B, LOW_ROWS], SWIZZLED_2D),
+    )
+    gl.warp_specialize(
+        [
+            (
+                _advance,
+                (
+                    ring,
+                    sums,
+                    kept,
+                    table_ptr,
+                    tokens_ptr,
+                    embeddings_ptr,
+                    gain_ptr,
+                    slots_ptr,
+                    conv_ptr,
+                    ssm_ptr,
+                    shares_ptr,
+                    low_ptr,
+                    y_ptr,
+                    gained_ptr,
+                    squares_ptr,
+                    counter_ptr,
+                    rows,
+                    layers,
+                    conv_layer_stride,
+                    conv_stride,
+                    ssm_layer_stride,
+                    ssm_stride,
+                    eps,
+                    inner_eps,
+                    H,
+                    D,
+                    R,
+                    N,
+                    K,
+                    BLOCK_B,
+                    BLOCK_N,
+                    BLOCK_C,
+                    BLOCK_L,
+                    C_TILES,
+                    Z_TILES,
+                    O_TILES,
+                    O_ROWS,
+                    O_SPACE,
+                    SKIP_DTYPE,
+                    HAS_BIAS,
+                    HAS_CONV_BIAS,
+                    NORM,
+                    PROGRAMS,
+                    STAGES,
+                    WARPS,
+                    S_WARPS,
+                    DEPTH,
+                    GROUP,
+                ),
+            ),
+            (
+                _copy_weights,
+                (
+                    ring,
+                    table_ptr,
+                    layers,
+                    H,
+                    D,
+                    R,
+                    LOW_WIDTH,
+                    BLOCK_C,
+                    C_TILES,
+                    O_TILES,
+                    O_ROWS,
+                    STAGES,
+                    WARPS,
+                    COPIERS,
+                    AHEAD,
+                    OUT_AHEAD,
+                    PROGRAMS,
+                ),
+            ),
+        ],
+        [COPIERS],
+        [COPIER_REGISTERS],
+    )

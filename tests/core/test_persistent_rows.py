@@ -1,0 +1,186 @@
+"""The step of a few sequences in a single launch: what it asks of a model, what it is compiled to, what it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from mamba_core import MambaCache, few_rows_step, fused_step, single_step
+from mamba_core.ops import Packing
+from mamba_core.ops.triton import step
+from mamba_core.ops.triton.persistent_rows import MAX_ROWS, launch_constants
+from mamba_core.ops.triton.step import MAX_TILES
+from tests.compiling import records_of
+from tests.core.ops_cases import poison_memory
+from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error, warm_cache
+
+# a multiprocessor of compute capability 9.0 has 228 KiB, a block of threads at most
+SHARED_BYTES = 227 * 1024
+
+
+@torch.inference_mode()
+def test_it_is_taken_for_a_few_rows(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_model().to(torch.bfloat16).backbone
+    steps: list[Tensor] = []
+
+    def take(*arguments: Tensor) -> Tensor:
+        steps.append(arguments[1])
+        return arguments[1]
+
+    def launch_others(*arguments: Tensor) -> None:
+        raise NotImplementedError(len(arguments[1]))
+
+    monkeypatch.setattr(few_rows_step, "few_rows_step", take)
+    monkeypatch.setattr(single_step, "single_step", take)
+    monkeypatch.setattr(single_step, "is_applicable", lambda _: True)
+    monkeypatch.setattr(step, "embed", launch_others)
+    cache = MambaCache.from_config(backbone.config, MAX_ROWS + 2, dtype=torch.float32)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32)
+    for rows in (2, 5, MAX_ROWS):
+        fused_step.fused_step(backbone, torch.arange(rows), torch.arange(rows), cache, counters)
+    assert [len(tokens) for tokens in steps] == [2, 5, MAX_ROWS]
+    with pytest.raises(NotImplementedError, match="17"):
+        fused_step.fused_step(backbone, torch.arange(MAX_ROWS + 1), torch.arange(MAX_ROWS + 1), cache, counters)
+
+
+@torch.inference_mode()
+def test_it_is_taken_for_bf16_alone(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single_step, "is_applicable", lambda _: True)
+    assert few_rows_step.is_applicable(tiny_model().to(torch.bfloat16).backbone, 8)
+    assert not few_rows_step.is_applicable(tiny_model().backbone, 8)
+
+
+@torch.inference_mode()
+def test_it_is_not_taken_where_the_kernel_cannot_run(tiny_model: MakeModel) -> None:
+    assert not any(few_rows_step.is_applicable(tiny_model().backbone, rows) for rows in range(20))
+
+
+@pytest.mark.parametrize("width", [1024, 1536, 2048, 2560, 4096])
+@pytest.mark.parametrize("programs", [78, 132, 148])
+@pytest.mark.parametrize("rows", [2, 8, 9, 16])
+def test_every_row_has_room(width: int, programs: int, rows: int) -> None:
+    constants = launch_constants(rows, width, width // 16, 16, 4, programs)
+    assert constants["BLOCK_B"] >= rows
+    # a program's channels come in eights
+    channels = 8 * triton.cdiv(2 * width // 8, programs)
+    assert 16 * constants["C_TILES"] >= channels
+    assert constants["BLOCK_C"] >= 16 * constants["C_TILES"]
+    assert constants["O_ROWS"] <= 16
+    assert constants["O_TILES"] * constants["O_ROWS"] >= triton.cdiv(width, programs)
+    assert constants["O_SPACE"] >= constants["O_TILES"]
+    assert constants["BLOCK_L"] * programs >= (width // 16 + 32) * constants["BLOCK_B"]
+    assert constants["STAGES"] > max(constants["AHEAD"], constants["OUT_AHEAD"], constants["GROUP"])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return records_of("tests.core.compile_persistent_rows", tmp_path_factory.mktemp("triton"))
+
+
+def test_it_compiles_and_fits(compiled: list[dict[str, Any]]) -> None:
+    assert [(record["rows"], record["width"]) for record in compiled] == [
+        (8, 1024),
+        (8, 2048),
+        (8, 2560),
+        (16, 2560),
+        (16, 4096),
+        (5, 512),
+    ]
+    assert all(record["shared_bytes"] <= SHARED_BYTES for record in compiled)
+
+
+def test_memory_is_read_16_bytes_a_thread(compiled: list[dict[str, Any]]) -> None:
+    assert not any(record["narrow_copies"] or record["narrow_inputs"] for record in compiled)
+    assert all(record["copies"] > 0 for record in compiled)
+
+
+def test_products_run_on_the_matrix_units(compiled: list[dict[str, Any]]) -> None:
+    # of each product there is at least one tile of 512 columns, 64 to a warp and 16 to an instruction
+    for record in compiled:
+        assert record["products"] >= (8 if record["rows"] > 8 else 4) * record["width"] // 512
+        assert record["wide_reads"] >= 4 * record["width"] // 512
+
+
+def test_each_phase_is_counted_and_awaited(compiled: list[dict[str, Any]]) -> None:
+    assert {(record["counts"], record["waits"]) for record in compiled} == {(4, 4)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("family", "changes", "rows"),
+    [
+        ("mamba", {"hidden_size": 512, "num_hidden_layers": 3}, 2),
+        ("mamba", {"hidden_size": 1024, "state_size": 16}, 8),
+        ("mamba", {"hidden_size": 1536, "use_bias": True, "use_conv_bias": False}, 7),
+        ("mamba", {"hidden_size": 512, "state_size": 12, "time_step_rank": 40, "conv_kernel": 3}, 11),
+        ("falcon_mamba", {"hidden_size": 2560, "state_size": 16, "time_step_rank": 160, "num_hidden_layers": 1}, 8),
+        ("falcon_mamba", {"hidden_size": 4096, "state_size": 16, "time_step_rank": 256, "num_hidden_layers": 1}, 16),
+    ],
+)
+@torch.inference_mode()
+def test_it_equals_the_layers(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, object], rows: int
+) -> None:
+    model = bf16_model(tiny_model, family, **changes)
+    reference = tiny_model(family, **changes)
+    reference.load_state_dict(model.state_dict())
+    reference.to("cuda")
+    cache = warm_cache(model, 20)
+    before, plain, exact = (clone(cache, dtype) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32))
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1)).to("cuda")
+    slots, others = order[:rows], order[rows:]
+    packing = Packing.step(slots)
+    poison_memory(monkeypatch)
+
+    for token in (5, 77, 0):
+        tokens = torch.arange(token, token + rows, device="cuda")
+        expected = reference.backbone.forward_packed(reference.backbone.embeddings(tokens), packing, exact)
+        one_by_one = model.backbone.forward_packed(model.backbone.embeddings(tokens), packing, plain)
+        hidden = few_rows_step.few_rows_step(model.backbone, tokens, slots, cache, counters)
+        assert error(hidden, expected) < 1.2 * error(one_by_one, expected) + 1e-3
+        for row in range(rows):
+            assert error(hidden[row], expected[row]) < 1.5 * error(one_by_one[row], expected[row]) + 2e-3
+
+    for state in ("ssm", "conv"):
+        value, plain_value, exact_value = (getattr(a, state)[:, slots] for a in (cache, plain, exact))
+        assert error(value, exact_value) < 1.2 * error(plain_value, exact_value) + 1e-3
+        assert torch.equal(getattr(cache, state)[:, others], getattr(before, state)[:, others])
+    assert not counters.any()
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_states_may_be_rounded_and_scratch_rows_shared(tiny_model: MakeModel) -> None:
+    model = bf16_model(tiny_model, "mamba", hidden_size=1024)
+    cache = warm_cache(model, 6)
+    rounded = MambaCache(cache.conv, cache.ssm.to(torch.bfloat16))
+    alone = MambaCache(rounded.conv.clone(), rounded.ssm.clone())
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
+    tokens, slots = torch.tensor([3, 4, 0, 0, 0], device="cuda"), torch.tensor([5, 2, 0, 0, 0], device="cuda")
+    for _ in range(3):
+        hidden = few_rows_step.few_rows_step(model.backbone, tokens, slots, rounded, counters)
+        expected = few_rows_step.few_rows_step(model.backbone, tokens[:2], slots[:2], alone, counters)
+        assert torch.equal(hidden[:2], expected)
+    assert torch.equal(rounded.ssm[:, 1:], alone.ssm[:, 1:])
+    assert torch.equal(rounded.conv[:, 1:], alone.conv[:, 1:])
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_it_repeats_to_the_bit(tiny_model: MakeModel) -> None:
+    model = bf16_model(tiny_model, "mamba", hidden_size=1024, num_hidden_layers=8)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
+    tokens, slots = torch.arange(16, device="cuda"), torch.arange(1, 17, device="cuda")
+    start = warm_cache(model, 17)
+    first = clone(start, torch.bfloat16)
+    hidden = few_rows_step.few_rows_step(model.backbone, tokens, slots, first, counters)
+    for _ in range(50):
+        again = clone(start, torch.bfloat16)
+        assert torch.equal(few_rows_step.few_rows_step(model.backbone, tokens, slots, again, counters), hidden)
+        assert torch.equal(again.ssm, first.ssm)
+        assert torch.equal(again.conv, first.conv)
