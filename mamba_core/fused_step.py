@@ -11,7 +11,7 @@ from mamba_core import few_rows_step, single_step
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import step as ops
-from mamba_core.ops.triton.step import Matrix
+from mamba_core.ops.triton.quantized import Matrix
 
 # the width of the tiles in which the convolution follows its product
 _CHANNEL_MULTIPLE = 64

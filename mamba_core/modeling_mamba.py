@@ -255,7 +255,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
         hidden = hidden.to(weight.dtype if scales is None else self.backbone.norm_f.weight.dtype)
         if hidden.is_cuda and hidden.dtype.itemsize == 2 and not torch.is_grad_enabled():
             # what the matrix units have summed in fp32 is not rounded on its way out
-            from mamba_core.ops.triton.step import Matrix, project_head
+            from mamba_core.ops.triton.quantized import Matrix
+            from mamba_core.ops.triton.step import project_head
 
             logits = project_head(hidden.reshape(-1, hidden.shape[-1]), Matrix(weight, scales))
             return logits.view(*hidden.shape[:-1], -1)

@@ -10,8 +10,8 @@ import torch
 from mamba_core import MambaCache, MambaForCausalLM
 from mamba_core.fused_step import fused_step
 from mamba_core.ops import Packing
-from mamba_core.ops.triton.quantized import dequantize
-from mamba_core.ops.triton.step import MAX_TILES, Matrix, project_head
+from mamba_core.ops.triton.quantized import Matrix, dequantize
+from mamba_core.ops.triton.step import MAX_TILES, project_head
 from mamba_core.quantization import Int8Linear, quantize_int8
 from tests.core.ops_cases import poison_memory
 from tests.core.step_cases import clone, error, widened

@@ -10,11 +10,11 @@ from functools import cache
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 
 from mamba_core.ops.triton.conv import convolve_step
 from mamba_core.ops.triton.norm import rms_norm, rms_norm_residual
-from mamba_core.ops.triton.quantized import dequantize
+from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_kernels import embed_kernel, finish_kernel
 from mamba_core.ops.triton.step_matvec_kernels import matvec_in_kernel, matvec_out_kernel
 from mamba_core.ops.triton.step_product_kernels import (
@@ -24,13 +24,18 @@ from mamba_core.ops.triton.step_product_kernels import (
     product_shared_kernel,
 )
 from mamba_core.ops.triton.step_state_kernels import advance_kernel, delta_kernel
+from mamba_core.ops.triton.step_tiles import (
+    FEW_ROWS,
+    SOME_ROWS,
+    VERY_FEW_ROWS,
+    Tile,
+    rows_one_by_one,
+    tile_in,
+    tile_low,
+    tile_out,
+    whole_rows,
+)
 
-# rows up to which a product multiplies row by row while its weights stream by
-_VERY_FEW_ROWS = 2
-# rows up to which the programs of a product can also make the norm behind it
-_FEW_ROWS = 32
-# rows up to which our own products stream the weights faster than the library's do
-_SOME_ROWS = 64
 # tiles whose programs count themselves: more than there are in any product
 MAX_TILES = 8192
 
@@ -55,54 +60,6 @@ class Step:
     @property
     def num_rows(self) -> int:
         return self.slots.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What one program multiplies: rows, outputs, inputs in all and at a time, and how many tiles are on their way."""
-
-    rows: int
-    outputs: int
-    share: int
-    inputs: int
-    stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A weight [out, in] in the type of the activations, or in int8 with scales [out] fp32."""
-
-    weight: Tensor
-    scales: Tensor | None = None
-
-    @classmethod
-    def of(cls, linear: nn.Module) -> Matrix:
-        """That of an ``nn.Linear`` or an ``Int8Linear``."""
-        weight, scales = linear.weight, getattr(linear, "scales", None)
-        assert isinstance(weight, Tensor)
-        return cls(weight, scales)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    @property
-    def rows_one_by_one(self) -> int:
-        """Rows up to which a product multiplies row by row: widening int8 for each is dear."""
-        return _VERY_FEW_ROWS if self.scales is None else 1
-
-    @property
-    def pointers(self) -> tuple[Tensor, Tensor]:
-        """The weight, and the scales or what stands in for them."""
-        return self.weight, self.weight if self.scales is None else self.scales
-
-    def transposed(self, dtype: torch.dtype) -> Tensor:
-        """[in, out] in a type that the library multiplies; of int8, for as long as it does."""
-        return (self.weight if self.scales is None else dequantize(self.weight, self.scales, dtype)).T
 
 
 @cache
@@ -148,7 +105,7 @@ def project_in(
     rows, (width, size) = step.num_rows, matrix.shape
     dim, taps_width = taps.shape
     y = torch.empty((rows, width), dtype=x.values.dtype, device=matrix.device)
-    if rows > _SOME_ROWS:
+    if rows > SOME_ROWS:
         torch.mm(x.values, matrix.transposed(y.dtype), out=y)
         if bias is not None:
             y += bias
@@ -174,7 +131,7 @@ def project_in(
         "BLOCK_P": triton.next_power_of_2(max(x.parts, 1)),
         **_launch(matrix.device),
     }
-    if rows <= matrix.rows_one_by_one:
+    if rows <= rows_one_by_one(matrix):
         matvec_in_kernel[(triton.cdiv(width, 4),)](
             *arguments,
             size,
@@ -187,11 +144,11 @@ def project_in(
             BLOCK_N=4,
             X_ROW=1,
             num_warps=2 * rows,
-            **_tiles(size),
+            **whole_rows(size),
             **options,
         )
         return y
-    tile = _tile_in(matrix, rows)
+    tile = tile_in(matrix, rows)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.outputs))
     product_in_kernel[grid](
         *arguments,
@@ -201,7 +158,7 @@ def project_in(
         dim,
         conv_state.stride(0),
         step.eps,
-        EARLY=rows <= _FEW_ROWS,
+        EARLY=rows <= FEW_ROWS,
         BLOCK_B=tile.rows,
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.inputs,
@@ -216,12 +173,12 @@ def project_in(
 def project_low(step: Step, xz: Tensor, matrix: Matrix) -> Tensor:
     """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 for few rows; matrix [R + 2 N, D]."""
     rows, (width, dim) = step.num_rows, matrix.shape
-    if rows > _SOME_ROWS:
+    if rows > SOME_ROWS:
         return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
-    if rows <= matrix.rows_one_by_one:
+    if rows <= rows_one_by_one(matrix):
         return _multiply_rows(xz, matrix, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
     y = torch.empty((rows, width), dtype=torch.float32, device=matrix.device)
-    _share_out(step, xz, matrix, _tile_low(matrix, rows), y)
+    _share_out(step, xz, matrix, tile_low(matrix, rows), y)
     return y
 
 
@@ -246,10 +203,10 @@ def advance(
         **_launch(xz.device),
     }
     eps = inner_eps or 0.0
-    own_delta = rows <= _VERY_FEW_ROWS
+    own_delta = rows <= VERY_FEW_ROWS
     if own_delta:
         delta = low
-    elif rows > _SOME_ROWS:
+    elif rows > SOME_ROWS:
         dt = low[:, :rank] if inner_eps is None else rms_norm(low[:, :rank], None, inner_eps)
         delta = torch.mm(dt, dt_weight.T)
     else:
@@ -286,7 +243,7 @@ def advance(
         N=states,
         BLOCK_N=triton.next_power_of_2(states),
         OWN_DELTA=own_delta,
-        RAW_DELTA=rows > _SOME_ROWS,
+        RAW_DELTA=rows > SOME_ROWS,
         BLOCK_D=block,
         num_warps=8 if own_delta and dim >= 4096 else 4,
         **shape,
@@ -302,15 +259,15 @@ def project_out(
     """
     rows, (width, dim) = step.num_rows, matrix.shape
     values = torch.empty((rows, width), dtype=y.dtype, device=matrix.device)
-    if rows > _SOME_ROWS:
+    if rows > SOME_ROWS:
         product = torch.mm(y, matrix.transposed(y.dtype), out=values)
         if bias is not None:
             product += bias
         values, residual = rms_norm_residual(product, residual, gain, step.eps)
         return Gained(values, residual, 0), residual
-    if rows > _FEW_ROWS:
+    if rows > FEW_ROWS:
         return _project_out_and_gather(step, y, matrix, bias, gain, residual, values), residual
-    if rows > matrix.rows_one_by_one:
+    if rows > rows_one_by_one(matrix):
         return _project_out_rows(step, y, matrix, bias, gain, residual, values), residual
     parts = triton.cdiv(width, 4)
     squares = torch.empty((parts, rows), dtype=torch.float32, device=matrix.device)
@@ -329,7 +286,7 @@ def project_out(
         BLOCK_R=triton.next_power_of_2(rows),
         BLOCK_N=4,
         num_warps=4,
-        **_tiles(dim),
+        **whole_rows(dim),
         **_launch(matrix.device),
     )
     return Gained(values, squares, parts), residual
@@ -359,9 +316,9 @@ def finish(step: Step, x: Gained) -> Tensor:
 def project_head(hidden: Tensor, matrix: Matrix) -> Tensor:
     """Logits [B, V] fp32 of hidden [B, H], bf16 or fp16; matrix [V, H]."""
     rows, hidden = hidden.shape[0], hidden.contiguous()
-    if 0 < rows <= matrix.rows_one_by_one:
+    if 0 < rows <= rows_one_by_one(matrix):
         return _multiply_rows(hidden, matrix, rows, x_row=1, block=4, warps=2 * rows)
-    if 0 < rows <= _SOME_ROWS and matrix.scales is not None:
+    if 0 < rows <= SOME_ROWS and matrix.scales is not None:
         return _multiply_whole(hidden, matrix, rows)
     return torch.mm(hidden, matrix.transposed(hidden.dtype), out_dtype=torch.float32)
 
@@ -369,7 +326,7 @@ def project_head(hidden: Tensor, matrix: Matrix) -> Tensor:
 def _multiply_whole(x: Tensor, matrix: Matrix, rows: int) -> Tensor:
     """x W^T [B, out] fp32 of several rows, in one share."""
     (width, size), device = matrix.shape, matrix.device
-    tile = _tile_in(matrix, rows)
+    tile = tile_in(matrix, rows)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.outputs), 1)
     y = torch.empty((rows, width), dtype=torch.float32, device=device)
     product_shared_kernel[grid](
@@ -383,7 +340,7 @@ def _multiply_whole(x: Tensor, matrix: Matrix, rows: int) -> Tensor:
         size,
         width,
         SUM=False,
-        **_options(replace(tile, share=_share(size, 1)), grid, size),
+        **_options(replace(tile, share=size + -size % 64), grid, size),
         **_launch(device),
     )
     return y
@@ -418,7 +375,7 @@ def _multiply_rows(x: Tensor, matrix: Matrix, rows: int, *, x_row: int, block: i
         BLOCK_N=block,
         X_ROW=x_row,
         num_warps=warps,
-        **_tiles(size),
+        **whole_rows(size),
         **_launch(matrix.device),
     )
     return y
@@ -428,7 +385,7 @@ def _project_out_rows(
     step: Step, y: Tensor, matrix: Matrix, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
 ) -> Gained:
     rows, (width, dim) = step.num_rows, matrix.shape
-    tile = _tile_out(matrix, rows)
+    tile = tile_out(matrix, rows)
     grid, share = _shares(tile, rows, width, dim, matrix.device)
     squares = torch.empty((grid[1], rows), dtype=torch.float32, device=matrix.device)
     product_out_kernel[grid](
@@ -455,7 +412,7 @@ def _project_out_and_gather(
     step: Step, y: Tensor, matrix: Matrix, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
 ) -> Gained:
     rows, width = step.num_rows, matrix.shape[0]
-    product = _share_out(step, y, matrix, _tile_out(matrix, rows), None)
+    product = _share_out(step, y, matrix, tile_out(matrix, rows), None)
     gather_kernel[(rows,)](
         product,
         gain if bias is None else bias,
@@ -513,56 +470,3 @@ def _options(tile: Tile, grid: tuple[int, int, int], size: int) -> dict[str, int
         "num_warps": 4,
         "num_stages": tile.stages,
     }
-
-
-def _tile_in(matrix: Matrix, rows: int) -> Tile:
-    (width, size), block = matrix.shape, _block_rows(rows)
-    if matrix.scales is not None and rows <= _FEW_ROWS and size % 256 == 0:
-        return Tile(block, 32, size, 256, 6)
-    # smaller tiles where there would be too few to keep the chip busy
-    if width <= 64 * 132:
-        block = min(block, 32)
-    inputs = 128 if size % 128 == 0 or size > 512 else 64
-    return Tile(block, 64, size, inputs, 6 if block * inputs <= 64 * 128 else 4)
-
-
-def _tile_low(matrix: Matrix, rows: int) -> Tile:
-    dim = matrix.shape[1]
-    if rows > _FEW_ROWS:
-        return Tile(16, 64, _share(dim, 16), 128, 4)
-    return _tile_shared(rows, dim, 16, 8) if matrix.scales is None else Tile(16, 16, _share(dim, 16), 128, 4)
-
-
-def _tile_out(matrix: Matrix, rows: int) -> Tile:
-    """For more rows than _FEW_ROWS without the sum of the shares."""
-    dim = matrix.shape[1]
-    if matrix.scales is not None:
-        block = _block_rows(rows)
-        return Tile(block, 32, _share(dim, 6), 128, 8) if rows <= _FEW_ROWS else Tile(block, 64, _share(dim, 4), 128, 3)
-    if rows <= 16:
-        return Tile(16, 64, _share(dim, 6), 128, 5)
-    return _tile_shared(rows, dim, 64, 5 if rows <= _FEW_ROWS else 8)
-
-
-def _tile_shared(rows: int, size: int, outputs: int, shares: int) -> Tile:
-    block = _block_rows(rows)
-    return Tile(block, outputs, _share(size, shares), 128 if block < 64 else 64, 4)
-
-
-def _share(size: int, shares: int) -> int:
-    """Inputs of each of so many programs: a multiple of 64, the least a program takes at a time."""
-    return int(triton.cdiv(triton.cdiv(size, shares), 64)) * 64
-
-
-def _tiles(size: int) -> dict[str, int | bool]:
-    """How a program covers whole rows of this many inputs: without a masked column, if five tiles can."""
-    block = min(size & -size, 2048)
-    steps = size // block
-    if steps <= 5:
-        return {"BLOCK_K": block, "STEPS": steps, "EXACT": True}
-    return {"BLOCK_K": triton.next_power_of_2(size), "STEPS": 1, "EXACT": False}
-
-
-def _block_rows(rows: int) -> int:
-    """Rows of a tile: all of them, up to 64."""
-    return min(max(16, triton.next_power_of_2(rows)), 64)
