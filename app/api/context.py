@@ -87,7 +87,13 @@ class ServerContext:
             template=template,
             allows_template_kwargs=self.settings.enable_chat_template_kwargs,
         )
-        self.tokens = TokenService(tokenizer, self.limits, self.service.find_target)
+        self.tokens = TokenService(
+            tokenizer,
+            self.limits,
+            self.service.find_target,
+            self.service.chat.prompts,
+            allows_kwargs=self.settings.enable_chat_template_kwargs,
+        )
         self.phase = Phase.SERVING
 
     def require_service(self) -> CompletionService:

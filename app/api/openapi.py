@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
 from app.schemas.errors import ErrorBody
+from app.schemas.token_rules import MAX_SESSION_CHARACTERS
 from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 # bodies that routes read by themselves, each with one that works
@@ -58,6 +59,14 @@ _REQUEST_TIMEOUT = {
     "description": "seconds after which the request is given up with 408, or with an error event in a stream that has "
     "begun; the operator's limit holds where it is lower",
     "schema": {"type": "number", "exclusiveMinimum": 0},
+}
+_SESSION_ID = {
+    "name": "X-Session-ID",
+    "in": "header",
+    "required": False,
+    "description": "name of the conversation that the request is a part of, answered in a header of the same name; "
+    "`session_id` in the body wins",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_SESSION_CHARACTERS},
 }
 _EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "with `stream`: events up to `[DONE]`"}}}
 
@@ -123,7 +132,7 @@ def _complete(path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> 
         operation["security"] = []
     fields = _body_fields(operation, schemas)
     if "stream" in fields:
-        operation["parameters"].append(_REQUEST_TIMEOUT)
+        operation["parameters"] += [_REQUEST_TIMEOUT, _SESSION_ID]
         responses["200"]["content"] |= _EVENTS
 
 

@@ -8,15 +8,9 @@ from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_val
 
 from app.schemas.generation import ModelName
 from app.schemas.json import BodyError
+from app.schemas.messages import MESSAGES_SCHEMA, Message, check_messages
+from app.schemas.tools import TOOLS_SCHEMA, Tool, check_tools
 from app.schemas.wire import INT32_MAX, WireModel, refuse
-
-
-def _check_messages(value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not set(map(type, value)) <= {dict}:
-        raise refuse("messages_type", "should be a list of objects")
-    if not value:
-        raise refuse("messages_empty", "should not be an empty list")
-    return value
 
 
 def _check_tokens(value: Any) -> list[int]:
@@ -28,7 +22,8 @@ def _check_tokens(value: Any) -> list[int]:
     return value
 
 
-_MESSAGES_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "object"}}
+# without a conversation these would change nothing
+_OF_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 _TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT32_MAX}}
 
 
@@ -37,9 +32,24 @@ class TokenizeRequest(WireModel):
 
     model: ModelName = Field(default=None, description="name of the model; the served one when left out")
     prompt: str | None = Field(default=None, description="a text, which may be empty; not together with `messages`")
-    messages: Annotated[
-        list[dict[str, Any]] | None, PlainValidator(_check_messages), WithJsonSchema(_MESSAGES_SCHEMA)
-    ] = Field(default=None, description="a conversation as `/v1/chat/completions` takes it; not together with `prompt`")
+    messages: Annotated[list[Message] | None, PlainValidator(check_messages), WithJsonSchema(MESSAGES_SCHEMA)] = Field(
+        default=None, description="a conversation as `/v1/chat/completions` takes it; not together with `prompt`"
+    )
+    tools: Annotated[list[Tool], PlainValidator(check_tools), WithJsonSchema(TOOLS_SCHEMA)] = Field(
+        default=[], description="functions that the model is told of; only together with `messages`"
+    )
+    add_generation_prompt: bool = Field(
+        default=True,
+        description="end with what opens a message of the assistant; only together with `messages`, and not with "
+        "`continue_final_message`",
+    )
+    continue_final_message: bool = Field(
+        default=False, description="end inside the last message; only together with `messages`"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={},
+        description="more variables for the chat template, if the operator allows it; only together with `messages`",
+    )
     add_special_tokens: bool | None = Field(
         default=None,
         description="let the tokenizer add what it adds by itself, such as a first token; left out, true for `prompt` "
@@ -53,7 +63,19 @@ class TokenizeRequest(WireModel):
             raise BodyError("'prompt' or 'messages' is required", "prompt")
         if self.prompt is not None and self.messages is not None:
             raise BodyError("'messages' is not allowed together with 'prompt'", "messages")
+        for name in _OF_MESSAGES:
+            if self.messages is None and name in self.model_fields_set:
+                raise BodyError(f"'{name}' is allowed only together with 'messages'", name)
+        asks_for_both = self.continue_final_message and self.add_generation_prompt
+        if asks_for_both and "add_generation_prompt" in self.model_fields_set:
+            what = "'continue_final_message' and 'add_generation_prompt' may not both be true"
+            raise BodyError(what, "continue_final_message")
         return self
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the text ends with what opens a message of the assistant."""
+        return self.add_generation_prompt and not self.continue_final_message
 
 
 class DetokenizeRequest(WireModel):

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 import orjson
 
 from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
-from app.serving.errors import InvalidRequest
+from app.serving.chat_prompt import ChatPrompts
+from app.serving.chat_unsupported import CHAT_FIELDS
+from app.serving.errors import UnsupportedParameter
 from app.serving.jobs import FindTarget
 from app.serving.limits import ServingLimits
 from app.serving.preparing import check_ids
 from app.serving.tokenizer import Tokenizer
+from app.serving.unsupported import refuse_unsupported
 
 # written as one, a list of millions keeps all other threads waiting
 _ITEMS_AT_ONCE = 16 * 1024
@@ -20,11 +23,22 @@ _ITEMS_AT_ONCE = 16 * 1024
 class TokenService:
     """Answers of ``/tokenize`` and ``/detokenize`` as JSON. Blocks in proportion to its input; any thread may call.
 
+    prompts: of conversations. allows_kwargs: whether clients may set variables of the chat template.
     Raises InvalidRequest, ModelNotFound, Unavailable.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limits: ServingLimits, find_target: FindTarget) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: ServingLimits,
+        find_target: FindTarget,
+        prompts: ChatPrompts,
+        *,
+        allows_kwargs: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._allows_kwargs = allows_kwargs
         self._limits = limits
         self._find_target = find_target
 
@@ -46,9 +60,20 @@ class TokenService:
         return orjson.dumps({"prompt": self._tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     def _encode(self, body: TokenizeRequest) -> list[int]:
-        if body.prompt is None:
-            raise InvalidRequest("this server has no chat template; send 'prompt'", param="messages")
-        return self._tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        if body.messages is None:
+            text = body.prompt or ""
+            return self._tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
+        refuse_unsupported(body.model_extra, CHAT_FIELDS)
+        if body.chat_template_kwargs and not self._allows_kwargs:
+            raise UnsupportedParameter("chat_template_kwargs")
+        return self._prompts.render(
+            body.messages,
+            tools=body.tools,
+            add_generation_prompt=body.opens_answer,
+            continue_final_message=body.continue_final_message,
+            add_special_tokens=body.add_special_tokens is True,
+            variables=body.chat_template_kwargs,
+        )
 
 
 def _list_bytes(items: Sequence[int] | Sequence[str]) -> bytes:

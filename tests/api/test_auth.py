@@ -25,6 +25,7 @@ def all_paths(routes: list[Any]) -> set[str]:
 def test_the_list_of_routes_is_complete(app_of: Callable[..., Any]) -> None:
     expected = {
         "/v1/completions",
+        "/v1/chat/completions",
         "/v1/models",
         "/v1/models/{model:path}",
         "/tokenize",

@@ -15,8 +15,16 @@ from app.serving.errors import Overloaded
 from tests.api.conftest import KEY, MODEL, Running, Serve
 from tests.api.raw import exchange, post
 from tests.api.test_errors import check_error
+from tests.fakes import FakeEngine
 
 TEXTS = ["", "hello", "naïve café", "\U0001f9a5 \U0001f680", "a\u0000b", "x" * 70_000]
+
+USER = [{"role": "user", "content": "Hi"}]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    *USER,
+    {"role": "assistant", "content": [{"type": "text", "text": "Ho"}]},
+]
 
 
 async def tokenize(server: Running, **fields: Any) -> Any:
@@ -59,6 +67,68 @@ async def test_special_tokens(serve: Serve) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": USER},
+        {"messages": TALK},
+        {"messages": TALK, "add_generation_prompt": False},
+        {"messages": TALK, "continue_final_message": True},
+        {"messages": TALK, "continue_final_message": True, "add_generation_prompt": False},
+        {"messages": USER, "add_special_tokens": True},
+        {"messages": USER, "chat_template_kwargs": {"mood": "good"}},
+    ],
+)
+async def test_a_conversation_is_what_a_chat_would_send(
+    serve: Serve, engine: FakeEngine, fields: dict[str, Any]
+) -> None:
+    async with serve(enable_chat_template_kwargs=True) as server:
+        answer = (await tokenize(server, **fields)).json()
+        await server.client.post("/v1/chat/completions", json={**fields, "max_tokens": 1})
+        assert tuple(answer["tokens"]) == engine.requests[-1].prompt_token_ids
+        assert answer["count"] == len(answer["tokens"])
+
+
+@pytest.mark.anyio
+async def test_the_text_of_a_conversation(serve: Serve) -> None:
+    async with serve() as server:
+        for fields, end in (({}, "<|im_start|>assistant\n"), ({"add_generation_prompt": False}, "")):
+            answer = (await tokenize(server, messages=USER, **fields)).json()
+            text = (await server.client.post("/detokenize", json={"tokens": answer["tokens"]})).json()["prompt"]
+            assert text == "<|im_start|>user\nHi<|im_end|>\n" + end
+
+
+@pytest.mark.anyio
+async def test_a_model_without_a_template(serve: Serve) -> None:
+    async with serve(template=None) as server:
+        response = await tokenize(server, messages=USER)
+        assert response.status_code == 400
+        error = check_error(response.headers, response.content)
+        assert error["param"] == "messages"
+        assert "--chat-template" in error["message"]
+        assert (await tokenize(server, prompt="Hi")).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_a_template_is_never_rendered_on_the_loop(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    async with serve() as server:
+        service = server.context.tokens
+        assert service is not None
+        encode = service._encode
+
+        def watched(body: Any) -> list[int]:
+            threads.append(threading.current_thread())
+            assert server.context.token_work.num_bytes >= 2**20
+            return encode(body)
+
+        monkeypatch.setattr(service, "_encode", watched)
+        assert (await tokenize(server, messages=USER)).status_code == 200
+        assert threads != [threading.main_thread()]
+        assert server.context.token_work.num_bytes == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
     ("path", "body", "param"),
     [
         ("/tokenize", {}, "prompt"),
@@ -68,8 +138,19 @@ async def test_special_tokens(serve: Serve) -> None:
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "messages"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"messages": "a"}, "messages"),
-        ("/tokenize", {"messages": ["a"]}, "messages"),
-        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "messages"),
+        ("/tokenize", {"messages": ["a"]}, "messages[0]"),
+        ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content"),
+        ("/tokenize", {"messages": USER, "tools": "a"}, "tools"),
+        ("/tokenize", {"messages": USER, "continue_final_message": 1}, "continue_final_message"),
+        ("/tokenize", {"messages": USER, "chat_template": "{{ 1 }}"}, "chat_template"),
+        ("/tokenize", {"messages": USER, "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+        (
+            "/tokenize",
+            {"messages": USER, "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
+        ("/tokenize", {"prompt": "a", "tools": []}, "tools"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens"),
         ("/tokenize", {"prompt": "a", "return_token_strs": "yes"}, "return_token_strs"),
         ("/detokenize", {}, "tokens"),

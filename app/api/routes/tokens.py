@@ -17,6 +17,8 @@ from app.serving.tokens import TokenService
 
 # the work on this many bytes takes some two milliseconds, for which no thread is worth its while
 _BYTES_IN_LOOP = 16 * 1024
+# a chat template may take as long as the work on this many
+_BYTES_OF_A_TEMPLATE = 1024 * 1024
 
 router = APIRouter(tags=["tokens"])
 
@@ -30,7 +32,7 @@ router = APIRouter(tags=["tokens"])
 )
 async def tokenize(request: Request) -> Response:
     """What the model would read, without asking it."""
-    return await _answer(request, TokenizeRequest, TokenService.tokenize)
+    return await _answer(request, TokenizeRequest, TokenService.tokenize, lambda body: body.messages is not None)
 
 
 @router.post(
@@ -42,10 +44,15 @@ async def tokenize(request: Request) -> Response:
 )
 async def detokenize(request: Request) -> Response:
     """Special tokens stand in it as they are written."""
-    return await _answer(request, DetokenizeRequest, TokenService.detokenize)
+    return await _answer(request, DetokenizeRequest, TokenService.detokenize, lambda _: False)
 
 
-async def _answer(request: Request, model: type[Body], work: Callable[[TokenService, Body], bytes]) -> Response:
+async def _answer(
+    request: Request,
+    model: type[Body],
+    work: Callable[[TokenService, Body], bytes],
+    is_slow: Callable[[Body], bool],
+) -> Response:
     context = context_of(request)
     # refused before a byte of the body is read, and once more when all of it is here
     context.require_tokens()
@@ -53,10 +60,11 @@ async def _answer(request: Request, model: type[Body], work: Callable[[TokenServ
     settings = context.settings
     raw = await read_json_body(request.scope, request.receive, settings.max_body_size, settings.body_timeout)
     service = context.require_tokens()
-
-    def answer() -> bytes:
-        return work(service, parse_request(model, raw))
-
+    is_short = len(raw) <= _BYTES_IN_LOOP
     with context.token_work.hold(len(raw)):
-        content = answer() if len(raw) <= _BYTES_IN_LOOP else await asyncio.to_thread(answer)
+        body = parse_request(model, raw) if is_short else await asyncio.to_thread(parse_request, model, raw)
+    num_bytes = max(len(raw), _BYTES_OF_A_TEMPLATE) if is_slow(body) else len(raw)
+    with context.token_work.hold(num_bytes):
+        is_quick = is_short and not is_slow(body)
+        content = work(service, body) if is_quick else await asyncio.to_thread(work, service, body)
     return Response(content, media_type="application/json")
