@@ -21,279 +21,44 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mamba_core.ops.triton.math import LOG2_E
+from mamba_core.ops.triton.persistent_rows_tiles import (
+    HIGH,
+    TILE,
+    WIDE,
+    _copy_weights,
+    _indices_2d,
+    _indices_3d,
+    _inputs,
+    _multiply_block,
+    _multiply_rows,
+    _nothing,
+    _own_channels,
+    _take,
+    _total,
+)
 from mamba_core.ops.triton.persistent_step_kernel import (
     CONV_BIAS,
     COPIER_REGISTERS,
     DECAY,
     DT_BIAS,
-    DT_PROJ,
     FIELDS,
     GAIN,
     IN_BIAS,
-    IN_PROJ,
     OUT_BIAS,
-    OUT_PROJ,
     SKIP,
     TAPS,
-    X_PROJ,
     _await,
-    _barrier,
     _bf16,
-    _copy,
     _count,
-    _next,
     _share,
     _sigmoid,
     _softplus,
     _view,
 )
-
-# of a tile: rows, columns, and both together
-HIGH = gl.constexpr(16)
-WIDE = gl.constexpr(512)
-TILE = gl.constexpr(16 * 512)
-
-
-@gluon.jit
-def _nothing():
-    """Zero, which the compiler does not know: what is reckoned from it is not kept in registers from layer to layer."""
-    # what it does know keeps wide accesses wide
-    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1) * 64
-
-
-@gluon.jit
-def _indices_2d(A: gl.constexpr, B: gl.constexpr, LAYOUT: gl.constexpr):
-    """Of the elements of a tensor [A, B]: [A, 1] and [1, B]."""
-    nothing = _nothing()
-    i = gl.arange(0, A, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-    j = gl.arange(0, B, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    return i + nothing, j + nothing
-
-
-@gluon.jit
-def _indices_3d(A: gl.constexpr, B: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
-    """Of the elements of a tensor [A, B, C]: [A, 1, 1], [1, B, 1] and [1, 1, C]."""
-    nothing = _nothing()
-    i = gl.arange(0, A, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-    j = gl.arange(0, B, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
-    k = gl.arange(0, C, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    return i + nothing, j + nothing, k + nothing
-
-
-@gluon.jit
-def _own_channels(D: gl.constexpr, PROGRAMS: gl.constexpr):
-    """The first of this program's channels, and how many: whole 16 bytes of a row of x_proj."""
-    first, count = _share(D // 8, PROGRAMS)
-    return first * 8, count * 8
-
-
-@gluon.jit
-def _filled(ring, at, STAGES: gl.constexpr, AHEAD: gl.constexpr):
-    """Tell of the copies just begun, and let no more than AHEAD such groups be on their way."""
-    _, filled, _ = ring
-    slot, _ = at
-    async_copy.mbarrier_arrive(filled.index(slot), increment_count=False)
-    async_copy.commit_group()
-    async_copy.wait_group(AHEAD)
-    return _next(at, STAGES)
-
-
-@gluon.jit
-def _put(
-    ring,
-    at,
-    w_at,
-    first_row,
-    num_rows,
-    column,
-    WIDTH: gl.constexpr,
-    STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-):
-    """Copy num_rows rows, 16 at most, of 512 columns of W [*, WIDTH] into the next slot, once that is free."""
-    tiles, _, freed = ring
-    slot, turn = at
-    OWN: gl.constexpr = WIDE // WARPS
-    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [256 // OWN, 1, OWN // 8], [1, COPIERS, 1], [2, 1, 0])
-    share, row, own = _indices_3d(WARPS, HIGH, OWN, COPY)
-    mask = gl.max_constancy((row < num_rows) & (share + own >= 0), [1, 1, OWN])
-    w_ptr = _bf16(w_at) + first_row.to(gl.int64) * WIDTH + column
-    pointers = gl.multiple_of(w_ptr + (row * WIDTH + share * OWN + own), [1, 1, 16])
-    mbarrier.wait(freed.index(slot), turn ^ 1)
-    _copy(tiles.index(slot), pointers, mask=mask)
-    return _filled(ring, at, STAGES, AHEAD)
-
-
-@gluon.jit
-def _put_block(
-    ring,
-    at,
-    w_at,
-    num_rows,
-    num_columns,
-    STRIDE: gl.constexpr,
-    ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-):
-    """The same for a block of at most [ROWS, TILE / ROWS], of whole 16 bytes a row."""
-    tiles, _, freed = ring
-    slot, turn = at
-    COLUMNS: gl.constexpr = TILE // ROWS
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [COPIERS, 1], [1, 0])
-    row, column = _indices_2d(ROWS, COLUMNS, COPY)
-    mask = gl.max_constancy((row < num_rows) & (column < num_columns), [1, 8])
-    pointers = gl.multiple_of(_bf16(w_at) + (row * STRIDE + column), [1, 16])
-    mbarrier.wait(freed.index(slot), turn ^ 1)
-    _copy(_view(tiles, gl.bfloat16, [STAGES, ROWS, COLUMNS], SHARED).index(slot), pointers, mask=mask)
-    return _filled(ring, at, STAGES, AHEAD)
-
-
-@gluon.jit
-def _copy_weights(
-    ring,
-    table_ptr,
-    layers,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    LOW_WIDTH: gl.constexpr,
-    BLOCK_C: gl.constexpr,
-    C_TILES: gl.constexpr,
-    O_TILES: gl.constexpr,
-    O_ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-    OUT_AHEAD: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-):
-    """What the warps do that copy: all stages of the step, in the order in which they are used."""
-    first_c, count_c = _own_channels(D, PROGRAMS)
-    first_o, count_o = _share(H, PROGRAMS)
-    LOW_ROWS: gl.constexpr = TILE // BLOCK_C
-    at = (first_c * 0, first_c * 0)
-    in_next, p_next = gl.load(table_ptr + IN_PROJ), gl.load(table_ptr + X_PROJ)
-    dt_next, out_next = gl.load(table_ptr + DT_PROJ), gl.load(table_ptr + OUT_PROJ)
-    for layer in range(layers):
-        in_at, p_at, dt_at, out_at = in_next, p_next, dt_next, out_next
-        entry = table_ptr + gl.minimum(layer + 1, layers - 1) * FIELDS
-        in_next, p_next = gl.load(entry + IN_PROJ), gl.load(entry + X_PROJ)
-        dt_next, out_next = gl.load(entry + DT_PROJ), gl.load(entry + OUT_PROJ)
-        for t in range(C_TILES):
-            for j in range(H // WIDE):
-                row, left = first_c + t * HIGH, count_c - t * HIGH
-                at = _put(ring, at, in_at, row, left, j * WIDE, H, STAGES, WARPS, COPIERS, AHEAD)
-        for i in range((LOW_WIDTH + LOW_ROWS - 1) // LOW_ROWS):
-            w_at = p_at + (i * LOW_ROWS * D + first_c).to(gl.int64) * 2
-            at = _put_block(ring, at, w_at, LOW_WIDTH - i * LOW_ROWS, count_c, D, LOW_ROWS, STAGES, COPIERS, AHEAD)
-        for t in range(C_TILES):
-            for j in range(H // WIDE):
-                row, left = D + first_c + t * HIGH, count_c - t * HIGH
-                at = _put(ring, at, in_at, row, left, j * WIDE, H, STAGES, WARPS, COPIERS, AHEAD)
-        for i in range((R + LOW_ROWS - 1) // LOW_ROWS):
-            w_at = dt_at + (first_c * R + i * LOW_ROWS).to(gl.int64) * 2
-            at = _put_block(ring, at, w_at, count_c, R - i * LOW_ROWS, R, BLOCK_C, STAGES, COPIERS, AHEAD)
-        for j in range(D // WIDE):
-            for t in range(O_TILES):
-                left = gl.minimum(count_o - t * O_ROWS, O_ROWS)
-                at = _put(ring, at, out_at, first_o + t * O_ROWS, left, j * WIDE, D, STAGES, WARPS, COPIERS, OUT_AHEAD)
-    async_copy.wait_group(0)
-
-
-@gluon.jit
-def _inputs(x_ptr, column, rows, STRIDE: gl.constexpr, BLOCK_B: gl.constexpr, WARPS: gl.constexpr):
-    """What a tile is multiplied with: 512 columns of x [rows, STRIDE], each warp its own."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
-    INPUT: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
-    OWN: gl.constexpr = WIDE // WARPS
-    share, own, b = _indices_3d(WARPS, OWN, BLOCK_B, INPUT)
-    offset = column + (b * STRIDE + share * OWN + own)
-    pointers = gl.max_contiguous(gl.multiple_of(x_ptr + offset, [1, 16, 1]), [1, 8, 1])
-    mask = gl.max_constancy((b < rows) & (share + own >= 0), [1, 8, 1])
-    return gl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
-
-
-@gluon.jit
-def _take(ring, at, COUNT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):
-    """The next COUNT tiles, each warp's columns of them, [WARPS, 16, 512 / WARPS]."""
-    tiles, filled, freed = ring
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
-    slots = ()
-    for i in gl.static_range(COUNT):
-        slot, turn = at
-        if i == COUNT - 1:
-            # a copying thread tells of a tile once its copies of that one and of all before are there
-            mbarrier.wait(filled.index(slot), turn)
-        slots += (slot,)
-        at = _next(at, STAGES)
-    w = ()
-    for i in gl.static_range(COUNT):
-        # eight columns in a row for each thread: read 16 bytes at a time, as x is
-        w += (tiles.index(slots[i]).load(gl.DotOperandLayout(0, MMA, 8)),)
-    # a slot is free once every thread has read it
-    _barrier()
-    for i in gl.static_range(COUNT):
-        mbarrier.arrive(freed.index(slots[i]))
-    return at, w
-
-
-@gluon.jit
-def _multiply_block(ring, at, x, acc, ROWS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):
-    """acc [ROWS, B] and the next block [ROWS, TILE / ROWS] times x [TILE / ROWS, B], each warp its own rows."""
-    tiles, filled, freed = ring
-    slot, turn = at
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
-    mbarrier.wait(filled.index(slot), turn)
-    block = _view(tiles, gl.bfloat16, [STAGES, ROWS, TILE // ROWS], SHARED).index(slot)
-    w = block.load(gl.DotOperandLayout(0, MMA, 8))
-    _barrier()
-    mbarrier.arrive(freed.index(slot))
-    return _next(at, STAGES), mma_v2(w, x, acc)
-
-
-@gluon.jit
-def _multiply_rows(
-    ring,
-    at,
-    x,
-    sums,
-    first,
-    last,
-    PIECES: gl.constexpr,
-    BLOCK_B: gl.constexpr,
-    STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
-    GROUP: gl.constexpr,
-):
-    """The next tiles times x, 16 rows after 16 rows: sums [tiles, WARPS, 16, B] of tiles first to last."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
-    for t in range(first, last):
-        acc = gl.zeros([WARPS, HIGH, BLOCK_B], gl.float32, MMA)
-        for j in gl.static_range(0, PIECES, GROUP):
-            at, w = _take(ring, at, GROUP if j + GROUP <= PIECES else PIECES - j, STAGES, WARPS)
-            for i in gl.static_range(GROUP):
-                if j + i < PIECES:
-                    acc = mma_v2(w[i], x[j + i], acc)
-        sums.index(t).store(acc)
-    return at
-
-
-@gluon.jit
-def _total(sums, TILES: gl.constexpr, BLOCK_B: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The sums of a phase, [TILES, 16, B]."""
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    return gl.sum(_view(sums, gl.float32, [TILES, WARPS, HIGH, BLOCK_B], SHARED).load(LAYOUT), axis=1)
 
 
 @gluon.jit
