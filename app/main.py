@@ -95,6 +95,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         memory_fraction=settings.memory_fraction,
         num_threads=settings.num_threads,
         cuda_graphs=settings.cuda_graphs,
+        tokenizer=settings.tokenizer,
     )
 
 

@@ -1,15 +1,15 @@
 """A process in which grammars are tried out: ``python -m app.serving.grammar_worker``, started by ``grammars``.
 
 What a hostile grammar can do to the library (endless work, all memory, an overflow of the stack) it does here, and
-what gets through here the engine can bear. One JSON object a line comes in, one complaint or null a line goes out; a
-grammar that takes too much kills the process instead.
+what gets through here the engine can bear. Once it is ready, which it says, one JSON object a line comes in, one
+complaint or null a line goes out; a grammar that takes too much kills the process instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import resource
+import os
 import signal
 import sys
 import threading
@@ -33,11 +33,15 @@ STACK_BYTES = 4 * 1024 * 1024
 MASK_SECONDS = 0.1
 NUM_TRIED_TOKENS = 16
 
+READY = "ready"
+
 _END = "<end>"
 
 
 def main() -> None:
     """Answer until the input ends."""
+    import resource
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):
@@ -49,8 +53,12 @@ def main() -> None:
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
-    """Answer each line of ``requests``."""
+    """Say READY, then answer each line of ``requests``."""
     tokenizer = make_tokenizer()
+    answers.write(READY + "\n")
+    answers.flush()
+    # what the library says when it runs out of something is nobody's concern
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     for line in requests:
         with _time_limit():
             complaint = try_out(Grammar(**json.loads(line)), tokenizer)

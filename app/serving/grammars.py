@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -12,7 +13,10 @@ from collections import OrderedDict
 
 from app.engine.grammars import GrammarError, check_size
 from app.engine.request import Grammar
-from app.serving.errors import InvalidRequest
+from app.serving.errors import InvalidRequest, ServerFailure
+from app.serving.grammar_worker import READY
+
+logger = logging.getLogger(__name__)
 
 # grammars whose check is remembered, by a hash of a few bytes
 MAX_REMEMBERED = 1024
@@ -36,7 +40,9 @@ class GrammarChecker:
         self._complaints: OrderedDict[bytes, str | None] = OrderedDict()
 
     def check(self, grammar: Grammar, param: str | None = None) -> None:
-        """Raise InvalidRequest, for the field ``param``, unless the grammar can be used."""
+        """Raise InvalidRequest, for the field ``param``, unless the grammar can be used. Raises ServerFailure where
+        that cannot be told.
+        """
         try:
             check_size(grammar)
         except GrammarError as error:
@@ -61,9 +67,7 @@ class GrammarChecker:
     def close(self) -> None:
         """End the process; a later check starts another."""
         with self._worker_lock:
-            if self._worker is not None:
-                self._worker.stop()
-                self._worker = None
+            self._drop()
 
     def _try_out(self, grammar: Grammar) -> str | None:
         if self._worker is None:
@@ -71,9 +75,18 @@ class GrammarChecker:
         try:
             return self._worker.ask(grammar)
         except _WorkerDied:
+            logger.warning("a %s of %d characters was too complex", grammar.kind, len(grammar.source))
+            self._drop()
+            return TOO_COMPLEX
+        except _WorkerFailed:
+            logger.error("the process that tries grammars out does not start")
+            self._drop()
+            raise ServerFailure("structured output is not possible at the moment") from None
+
+    def _drop(self) -> None:
+        if self._worker is not None:
             self._worker.stop()
             self._worker = None
-            return TOO_COMPLEX
 
     def _recall(self, key: bytes) -> tuple[bool, str | None]:
         with self._lock:
@@ -90,7 +103,11 @@ class GrammarChecker:
 
 
 class _WorkerDied(Exception):
-    pass
+    """The process ended while it tried a grammar out."""
+
+
+class _WorkerFailed(Exception):
+    """The process has never been ready."""
 
 
 class _Worker:
@@ -100,12 +117,16 @@ class _Worker:
         command = [sys.executable, "-m", "app.serving.grammar_worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._finalizer = weakref.finalize(self, _end, self._process)
+        self._is_ready = False
 
     def ask(self, grammar: Grammar) -> str | None:
-        """What is wrong with a grammar. Raises _WorkerDied."""
+        """What is wrong with a grammar. Raises _WorkerDied or _WorkerFailed."""
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
+        if not self._is_ready and process.stdout.readline() != READY.encode() + b"\n":
+            raise _WorkerFailed
+        self._is_ready = True
         try:
             process.stdin.write(json.dumps({"kind": grammar.kind, "source": grammar.source}).encode() + b"\n")
             process.stdin.flush()

@@ -11,7 +11,7 @@ import pytest
 
 from app.engine.request import Grammar
 from app.serving import grammar_worker, grammars
-from app.serving.errors import InvalidRequest
+from app.serving.errors import InvalidRequest, ServerFailure
 from app.serving.grammars import TOO_COMPLEX, GrammarChecker
 
 
@@ -102,6 +102,17 @@ def test_a_process_that_is_gone_says_nothing_against_the_next_grammar(checker: G
     checker.close()
     assert first.returncode is not None
     checker.check(Grammar("regex", "b"))
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_the_grammar(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(grammars.sys, "executable", "/bin/false")
+        with pytest.raises(ServerFailure):
+            checker.check(Grammar("regex", "a"))
+    assert "does not start" in caplog.text
+    checker.check(Grammar("regex", "a"))
 
 
 # --- inside the process
