@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -86,6 +87,44 @@ async def use_official_client(url: str) -> None:
 
         assert await asyncio.gather(*map(stream, prompts)) == alone
     assert len(set(alone)) > 1
+
+
+def test_the_engine_obeys_every_rule_of_a_request(server: Process) -> None:
+    def complete(**fields: Any) -> dict[str, Any]:
+        response = httpx.post(
+            f"{server.url}/v1/completions", json={"prompt": "hello", "max_tokens": 12, **fields}, timeout=60
+        )
+        assert response.status_code == 200, response.text
+        choice: dict[str, Any] = response.json()["choices"][0]
+        return choice
+
+    allowed = complete(allowed_token_ids=[97, 98], return_token_ids=True)
+    assert set(allowed["token_ids"]) <= {97, 98}
+    assert complete(allowed_token_ids=[66, 67], bad_words=["c"])["text"] == "d" * 12
+    ends = {"allowed_token_ids": [67, 256], "logit_bias": {"256": 100}}
+    assert (complete(**ends)["text"], complete(**ends, min_tokens=5)["text"]) == ("", "d" * 5)
+    assert complete(structured_outputs={"choice": ["yes", "no"]})["text"] in ("yes", "no")
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    assert json.loads(complete(response_format=form, max_tokens=100)["text"])["a"] in (1, 2)
+    scored = complete(echo=True, logprobs=1, prompt_logprobs=1, max_tokens=1, temperature=0)
+    told = [next(iter(each.values()))["logprob"] for each in scored["prompt_logprobs"][1:]]
+    assert scored["logprobs"]["token_logprobs"][:5] == [None, *told]
+    # a prompt that is cut is the same as a shorter one
+    cut = complete(prompt="what? hello", truncate_prompt_tokens=5, temperature=0, logprobs=0)
+    assert cut == complete(temperature=0, logprobs=0)
+
+
+def test_the_best_sample_is_the_likeliest_per_token(server: Process) -> None:
+    body = {"prompt": "hello", "max_tokens": 6, "logprobs": 0, "seed": 3, "ignore_eos": True}
+    all_of_them, best = (
+        httpx.post(f"{server.url}/v1/completions", json={**body, **fields}, timeout=60).json()
+        for fields in ({"n": 2}, {"best_of": 2})
+    )
+    means = [sum(choice["logprobs"]["token_logprobs"]) for choice in all_of_them["choices"]]
+    expected = all_of_them["choices"][means.index(max(means))]
+    assert best["choices"] == [{**expected, "index": 0}]
+    assert best["usage"] == all_of_them["usage"]
 
 
 def test_disconnects_free_the_slots(server: Process) -> None:

@@ -40,3 +40,15 @@ async def compare_together_and_alone(url: str) -> None:
         alone = [(await client.completions.create(**fields(number))).choices[0].text for number in range(32)]
         assert await asyncio.gather(*map(stream, range(32))) == alone
     assert len(set(alone)) > 16
+
+
+@pytest.mark.slow
+def test_a_suffix_says_what_has_to_come_before_it(server: Process) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        fields: dict[str, Any] = {"model": MODEL.name, "max_tokens": 24, "temperature": 0}
+        filled = client.completions.create(
+            prompt="def area(width, ", suffix="):\n    return width * height\n", **fields
+        )
+        assert "height" in filled.choices[0].text
+        plain = client.completions.create(prompt="def area(width, ", **fields)
+        assert plain.choices[0].text != filled.choices[0].text
