@@ -86,10 +86,6 @@ class Matcher:
             words[-1:].view(np.uint32)[:] &= np.uint32(0xFFFFFFFF >> excess)
         return words
 
-    def forced(self) -> list[int]:
-        """The tokens of which each is the only one that may follow, as far as that can be told."""
-        return [] if self._matcher.is_error() else self._matcher.compute_ff_tokens()
-
     def _failure(self) -> MatchError:
         return MatchError(str(error_of(self._grammar, self._matcher.get_error() or "no token continues it")))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import torch
 from app.engine.config import EngineConfig
 from app.engine.interface import EngineStartError
 from app.engine.loading import load_engine
+from app.engine.request import Grammar
 from mamba_core import MambaConfig, MambaForCausalLM
+from tests.engine import constrained
 from tests.engine.fakes import make_request, run
+from tests.engine.spelling import spell, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +112,20 @@ def test_int8_is_said_and_writes_tokens(checkpoint: Path) -> None:
     assert (info.dtype, info.num_parameters) == ("int8", plain.num_parameters)
     engine.submit(make_request(prompt=[1] * 20))
     assert len(run(engine).tokens["r", 0]) == 4
+
+
+@pytest.mark.parametrize("is_elsewhere", [True, False])
+def test_grammars_find_the_tokenizer(checkpoint: Path, tmp_path: Path, is_elsewhere: bool) -> None:
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer" if is_elsewhere else directory)
+    config = EngineConfig(str(directory), device="cpu", max_num_seqs=2)
+    if is_elsewhere:
+        config = replace(config, tokenizer=str(tmp_path / "tokenizer"))
+    engine, info = load_engine(config, lambda _: None)
+    request = make_request(max_tokens=9, stop=info.eos_token_ids, grammar=Grammar("regex", "[ab]{3}"))
+    transcript = constrained.run(engine, request)
+    *letters, end = transcript.tokens["r", 0]
+    assert set(spell(letters)) <= set("ab")
+    assert len(letters) == 3
+    assert end in info.eos_token_ids
