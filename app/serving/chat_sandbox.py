@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, Undefined, nodes, pass_environment
+from jinja2 import TemplateError, Undefined, nodes, pass_context, pass_environment
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
@@ -28,6 +29,7 @@ MAX_ITEMS = 2**16
 MAX_WIDTH = 1024
 MAX_BITS = 256
 
+_HANDS = 16
 _COUNTED = "_counted"
 _JOINED = "_joined"
 _BUILT = "_built"
@@ -52,18 +54,26 @@ class TemplateRefusal(Exception):
 class Meter:
     """What one rendering may still take: seconds of wall time, and characters made on the way."""
 
-    __slots__ = ("_deadline", "_num_left", "max_characters")
+    __slots__ = ("_deadline", "_num_left", "_num_written", "max_characters")
 
     def __init__(self, max_characters: int, max_seconds: float) -> None:
         self._deadline = time.monotonic() + max_seconds
         self.max_characters = max_characters
-        # what is built in pieces is counted once for each piece
-        self._num_left = 4 * max_characters
+        # what passes through many hands is counted at each
+        self._num_written = 0
+        self._num_left = _HANDS * max_characters
 
     def tick(self) -> None:
         """One step more."""
         if time.monotonic() > self._deadline:
             raise RenderLimit("took too long")
+
+    def write(self, num_characters: int) -> None:
+        """So many characters become a part of the text."""
+        self._num_written += num_characters
+        if self._num_written > self.max_characters:
+            raise RenderLimit("grew too large")
+        self.tick()
 
     def take(self, num_characters: int) -> None:
         """Something of that many characters or items is made."""
@@ -185,6 +195,9 @@ class _Metering(NodeTransformer):
         node.iter = nodes.Filter(node.iter, _COUNTED, [], [], None, None, lineno=node.lineno)
         return node
 
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Const:
+        return nodes.Const(node.data, lineno=node.lineno)
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
         items = nodes.List(node.nodes, lineno=node.lineno)
@@ -233,23 +246,31 @@ def _joined(environment: ChatEnvironment, items: list[Any]) -> str:
     return "".join(texts)
 
 
-@pass_environment
-def _count_output(environment: ChatEnvironment, value: Any) -> str:
-    text = _text(value, environment.meter)
-    environment.meter.take(len(text))
+# with the context, so that nothing of it is done when a template is compiled
+@pass_context
+def _count_output(context: Context, value: Any) -> str:
+    meter: Meter = context.environment.meter  # type: ignore[attr-defined]
+    text = _text(value, meter)
+    meter.write(len(text))
     return text
 
 
 def weigh(value: Any, meter: Meter, *, is_written: bool = False) -> None:
-    """Count all that a value holds, at every place where it stands: ten lists within each other may hold thousands.
+    """Count all items that a value holds, at every place where they stand: twenty lists within each other may hold
+    millions.
 
-    is_written: it is about to become text, so that nothing may be in it whose inside is not seen here.
+    is_written: it is about to become text, so that its characters count, and nothing may be in it whose inside is not
+    seen here.
     """
+    if isinstance(value, str):
+        meter.take(len(value))
+        return
     waiting = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, str):
-            meter.take(len(item))
+            if is_written:
+                meter.take(len(item))
         elif isinstance(item, list | tuple):
             meter.take(len(item))
             waiting += item
@@ -373,7 +394,7 @@ def _check_replace(text: str, args: tuple[Any, ...], meter: Meter) -> None:
 def _check_join(items: Any, separator: str, meter: Meter) -> None:
     if isinstance(items, str | list | tuple | dict):
         meter.take(len(items) * (1 + len(separator)))
-        weigh(items, meter)
+        weigh(items, meter, is_written=True)
 
 
 def is_template_mistake(error: Exception) -> bool:

@@ -27,9 +27,7 @@ class ControlTokens:
         self._number_of = {text: number for number, text in enumerate(self._hidden)}
         self._shielded = re.compile("|".join(map(re.escape, self._hidden)))
         self._marks = re.compile(f"{_OPEN}([0-9]{{1,9}}){_CLOSE}")
-        patterns = [_pattern(token) for token in tokenizer.special_tokens.values() if token.content]
-        patterns.sort(key=len, reverse=True)
-        self._splits = re.compile("|".join(patterns)) if patterns else None
+        self._splits = re.compile("|".join(map(re.escape, texts))) if texts else None
 
     def id_of(self, text: str) -> int | None:
         """The control token of that text."""
@@ -68,15 +66,21 @@ class ControlTokens:
         return framed[:num_before], framed[num_before + len(plain) :]
 
     def _pieces(self, text: str) -> Iterator[str | int]:
-        start = 0
+        """Control tokens and what stands between them, without the white space that the tokens take."""
+        start, takes_space = 0, False
         for match in self._splits.finditer(text) if self._splits is not None else ():
-            if match.start() > start:
-                yield text[start : match.start()]
-            # with the white space that the token takes
-            yield self._id_of[match[0] if match[0] in self._id_of else match[0].strip()]
-            start = match.end()
-        if start < len(text):
-            yield text[start:]
+            index = self._id_of[match[0]]
+            token = self._tokenizer.special_tokens[index]
+            piece = text[start : match.start()]
+            piece = piece.lstrip() if takes_space else piece
+            piece = piece.rstrip() if token.lstrip else piece
+            if piece:
+                yield piece
+            yield index
+            start, takes_space = match.end(), token.rstrip
+        piece = text[start:].lstrip() if takes_space else text[start:]
+        if piece:
+            yield piece
 
     def _mark(self, match: re.Match[str]) -> str:
         return f"{_OPEN}{self._number_of[match[0]]}{_CLOSE}"
@@ -84,10 +88,3 @@ class ControlTokens:
     def _unmark(self, match: re.Match[str]) -> str:
         number = int(match[1])
         return self._hidden[number] if number < len(self._hidden) else str(match[0])
-
-
-def _pattern(token: Any) -> str:
-    """What a control token takes of the text, which may be the white space beside it as well."""
-    text = re.escape(token.content)
-    before, after = (r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip))
-    return f"{before}{text}{after}"

@@ -18,7 +18,7 @@ from app.serving.chat_payloads import ChatForm, ToolReading
 from app.serving.chat_prompt import ChatPrompts, num_characters
 from app.serving.chat_template import ChatTemplate
 from app.serving.chat_unsupported import CHAT_FIELDS
-from app.serving.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from app.serving.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter, quote
 from app.serving.jobs import FindTarget, estimate_tokens
 from app.serving.logprobs import token_names
 from app.serving.payloads import AnswerHead
@@ -28,6 +28,7 @@ from app.serving.tokenizer import Tokenizer
 from app.serving.unsupported import refuse_unsupported
 
 _CHARACTERS_PER_MESSAGE = 16
+_DEFINITIONS = ("$defs", "definitions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,17 +213,37 @@ def _call_grammar(body: ChatRequest) -> Grammar | None:
         )
     named = body.named_tool
     schemas = [_call_schema(tool) for tool in body.tools if named in (None, tool["function"]["name"])]
-    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    schema: dict[str, Any] = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    for key in _DEFINITIONS:
+        found = [parts for tool in body.tools if (parts := _parameters(tool).get(key))]
+        if found:
+            # references are told from the outermost schema
+            schema[key] = _joined(found)
     return Grammar("json_schema", json.dumps(schema))
 
 
+def _joined(definitions: Sequence[Any]) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for parts in definitions:
+        for name, part in parts.items() if isinstance(parts, dict) else ():
+            if joined.setdefault(name, part) != part:
+                raise InvalidRequest(
+                    f"'tools' define '{quote(name)[1:-1]}' in two ways, and one of them has to be called", param="tools"
+                )
+    return joined
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    parameters: dict[str, Any] = tool["function"].get("parameters") or {"type": "object"}
+    return parameters
+
+
 def _call_schema(tool: Tool) -> dict[str, Any]:
-    function = tool["function"]
     return {
         "type": "object",
         "properties": {
-            "name": {"const": function["name"]},
-            "arguments": function.get("parameters") or {"type": "object"},
+            "name": {"const": tool["function"]["name"]},
+            "arguments": {key: value for key, value in _parameters(tool).items() if key not in _DEFINITIONS},
         },
         "required": ["name", "arguments"],
         "additionalProperties": False,

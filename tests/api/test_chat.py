@@ -219,6 +219,29 @@ async def test_a_forced_call_is_held_to_its_form(serve: Serve, tokenizer: Tokeni
         assert refused.json()["error"]["param"] == "tool_choice"
 
 
+async def test_definitions_of_arguments_stand_where_references_look(serve: Serve, tokenizer: Tokenizer) -> None:
+    def tool(name: str, kind: str) -> dict[str, Any]:
+        parameters = {
+            "type": "object",
+            "properties": {"city": {"$ref": "#/$defs/City"}},
+            "$defs": {"City": {"type": kind}},
+        }
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    async with serve() as server:
+        server.engine.script = say(tokenizer, '{"name": "f", "arguments": {"city": "Ulm"}}')
+        fields = {"tools": [tool("f", "string"), tool("g", "string")], "tool_choice": "required"}
+        assert (await chat(server, **fields)).json()["choices"][0]["finish_reason"] == "tool_calls"
+        grammar = server.engine.requests[-1].sampling.grammar
+        assert grammar is not None
+        schema = json.loads(grammar.source)
+        assert schema["$defs"] == {"City": {"type": "string"}}
+        assert [each["properties"]["name"]["const"] for each in schema["anyOf"]] == ["f", "g"]
+        fields["tools"] = [tool("f", "string"), tool("g", "number")]
+        refused = await chat(server, **fields)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tools")
+
+
 async def test_tools_without_a_place_in_the_template_are_refused(serve: Serve) -> None:
     template = ChatTemplate(TemplateSource({"default": "{{ messages[0].content }}"}))
     async with serve(template=template) as server:
