@@ -37,6 +37,10 @@ class Changes:
     beside: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
 
+    def base_of(self, kind: Kind) -> dict[str, Any]:
+        """The request that says nothing of the field."""
+        return {key: value for key, value in {**kind.base, **self.beside}.items() if key not in self.without}
+
 
 @dataclass(frozen=True)
 class Refused(Changes):
@@ -61,6 +65,7 @@ class Kind:
 
 STREAM = {"stream": True}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+CONVERSATION = {"messages": [{"role": "user", "content": "hello"}]}
 JSON_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}
 
 TOOL = {"type": "function", "function": {"name": "f"}}
@@ -172,9 +177,13 @@ KINDS: dict[type[BaseModel], Kind] = {
         {
             "model": Refused("no-such-model"),
             "prompt": Changes("hullo"),
-            "messages": Refused([{"role": "user", "content": "a"}], without=("prompt",)),
+            "messages": Changes([{"role": "user", "content": "hullo"}], CONVERSATION, ("prompt",)),
             "add_special_tokens": Changes(False),
             "return_token_strs": Changes(True),
+            "add_generation_prompt": Changes(False, CONVERSATION, ("prompt",)),
+            "continue_final_message": Changes(True, CONVERSATION, ("prompt",)),
+            "tools": Changes([TOOL], CONVERSATION, ("prompt",)),
+            "chat_template_kwargs": Refused({"a": 1}, CONVERSATION, ("prompt",)),
         },
     ),
     DetokenizeRequest: Kind(
@@ -256,7 +265,7 @@ def test_every_field_is_here(model: type[BaseModel]) -> None:
 async def test_a_field_does_what_it_says(serve: Serve, model: type[BaseModel], name: str) -> None:
     kind = KINDS[model]
     case = kind.fields[name]
-    base = {key: value for key, value in {**kind.base, **case.beside}.items() if key not in case.without}
+    base = case.base_of(kind)
     async with serve(served_model_name=[MODEL, ALIAS]) as server:
         status, *changed = await ask(server, kind.path, with_value(base, name, case.value))
         if isinstance(case, Refused):
@@ -279,7 +288,7 @@ async def test_a_wrong_type_is_refused_by_the_name_of_its_field(serve: Serve, mo
     kind = KINDS[model]
     async with serve() as server:
         for name, case in kind.fields.items():
-            base = {**kind.base, **case.beside}
+            base = case.base_of(kind)
             is_object = isinstance(case.value, dict) or name.endswith(("json", "guided_json"))
             wrong = 5 if is_object else {"no": "such"}
             status, (text, _), asked = await ask(server, kind.path, with_value(base, name, wrong))
