@@ -26,7 +26,7 @@ from app.engine.early import EarlyProcess
 from app.engine.interface import EngineClient, EngineStartError
 from app.logging import configure
 from app.metrics import ServerMetrics
-from app.serving.chat_template import ChatTemplate, TemplateError, find_template
+from app.serving.chat_template import ChatTemplate, TemplateError, load_template
 from app.serving.errors import Unavailable
 from app.serving.tokenizer import Tokenizer, TokenizerError
 from app.serving.tokenizer_source import find_tokenizer
@@ -149,8 +149,7 @@ async def _serve(settings: Settings, make_engine: Callable[[EngineConfig], Manag
 def _load_texts(settings: Settings, model_dir: str) -> tuple[Tokenizer, ChatTemplate | None]:
     """What makes tokens of texts and of conversations."""
     directory = find_tokenizer(settings.tokenizer or model_dir)
-    source = find_template(settings.chat_template, directory, Path(model_dir))
-    return Tokenizer.from_dir(directory), None if source is None else ChatTemplate(source)
+    return Tokenizer.from_dir(directory), load_template(settings.chat_template, directory, Path(model_dir))
 
 
 def _process_engine(config: EngineConfig, early: EarlyProcess | None) -> ManagedEngine:

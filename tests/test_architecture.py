@@ -57,6 +57,7 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "pydantic": ("app.schemas", "app.settings", "app.api", "app.cli"),
     "pydantic_settings": ("app.settings", "app.cli"),
     "tokenizers": ("app.serving",),
+    "jinja2": ("app.serving.chat_sandbox", "app.serving.chat_template"),
     "msgspec": BOUNDARY,
     "zmq": BOUNDARY,
 }

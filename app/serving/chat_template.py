@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from app.serving.errors import InvalidRequest, quote
 
 if TYPE_CHECKING:
     from app.serving.chat_sandbox import ChatEnvironment
+
+logger = logging.getLogger(__name__)
 
 CHATML = """\
 {%- if tools %}
@@ -67,6 +70,21 @@ class TemplateSource:
     texts: Mapping[str, str]
     ends: tuple[str, ...] = ()
     variables: Mapping[str, str] | None = None
+
+
+def load_template(name: str | None, *directories: Path) -> ChatTemplate | None:
+    """The template of ``find_template``, compiled. A checkpoint's own that is wrong is none, which the log tells.
+
+    Raises TemplateError where an operator names one that is wrong.
+    """
+    try:
+        source = find_template(name, *directories)
+        return None if source is None else ChatTemplate(source)
+    except TemplateError as error:
+        if name is not None:
+            raise
+        logger.warning("no conversations are served: %s", error)
+        return None
 
 
 def find_template(name: str | None, *directories: Path) -> TemplateSource | None:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from app.serving.chat_sandbox import ChatEnvironment, Meter, RenderLimit, TemplateRefusal
-from app.serving.chat_template import BUILT_IN, ChatTemplate, TemplateError, TemplateSource, find_template
+from app.serving.chat_template import (
+    BUILT_IN,
+    ChatTemplate,
+    TemplateError,
+    TemplateSource,
+    find_template,
+    load_template,
+)
 from app.serving.errors import InvalidRequest
 from app.settings import BUILT_IN_TEMPLATES
 
@@ -274,6 +281,21 @@ def test_files_that_are_wrong(tmp_path: Path, content: str, message: str) -> Non
     (tmp_path / "chat_template.json").write_text(content)
     with pytest.raises(TemplateError, match=message):
         find_template(None, tmp_path)
+
+
+def test_a_checkpoint_whose_template_is_wrong_serves_no_conversations(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "chat_template.jinja"
+    path.write_text("{{ messages | nothing_such }}")
+    assert load_template(None, tmp_path) is None
+    assert "nothing_such" in caplog.text
+    with pytest.raises(TemplateError, match="nothing_such"):
+        load_template(str(path))
+    path.write_text("fine")
+    template = load_template(None, tmp_path)
+    assert template is not None
+    assert template.render([], {}, 0) == "fine"
 
 
 def test_templates_that_are_wrong(tmp_path: Path) -> None:
