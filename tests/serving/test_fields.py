@@ -423,3 +423,22 @@ async def test_special_tokens_are_named(service: CompletionService) -> None:
     assert EOS not in choice["text"]
     (shown,) = (await complete(service, prompt=[5, 0], prompt_logprobs=0, max_tokens=1))["choices"]
     assert shown["prompt_logprobs"][1]["0"]["decoded_token"] == EOS
+
+
+async def test_no_alternatives_give_the_drawn_token_alone(service: CompletionService) -> None:
+    (choice,) = (await complete(service, logprobs=0, max_tokens=2))["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [{"the": -0.5}, {" dog": -0.5}]
+
+
+async def test_several_choices_without_chance_are_one_request(service: CompletionService, engine: FakeEngine) -> None:
+    engine.script = says("a fox")
+    answer = await complete(service, n=3, temperature=0)
+    assert [choice["text"] for choice in answer["choices"]] == ["a fox"] * 3
+    assert [(request.n, request.sampling.temperature) for request in engine.requests] == [(3, 0.0)]
+
+
+async def test_an_answer_of_a_hundred_thousand_tokens(service: CompletionService, engine: FakeEngine) -> None:
+    engine.burst = 1000
+    answer = await complete(service, max_tokens=100_000)
+    assert answer["usage"]["completion_tokens"] == 100_000
+    assert answer["choices"][0]["text"] == "the dog" * 50_000
