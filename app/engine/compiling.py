@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from app.engine.grammars import GrammarError
 from app.engine.matchers import Matcher
 from app.engine.request import Event, FinishReason, GenerationRequest, Grammar, TokenEvent
 
 logger = logging.getLogger(__name__)
+
+# what a grammar that was tried out in half of it may take
+STACK_BYTES = 8 * 1024 * 1024
+
+Result = TypeVar("Result")
 
 
 class GrammarCompiler(Protocol):
@@ -74,15 +81,23 @@ class CompileQueue:
 
     def add(self, request: GenerationRequest, grammar: Grammar) -> None:
         """Have the grammar of a request compiled."""
-        self._waiting[request.request_id] = _Waiting(request, self._thread.submit(self._compiler.compile, grammar))
+        self._waiting[request.request_id] = _Waiting(request, self._submit(self._compiler.compile, grammar))
         self.is_prepared = True
 
     def prepare(self) -> None:
         """Read ahead what the first grammar needs."""
         if not self.is_prepared:
             # a failure is told to the first request
-            self._thread.submit(self._compiler.load)
+            self._submit(self._compiler.load)
             self.is_prepared = True
+
+    def _submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
+        # of the thread that this may start, which elsewhere may get too little
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            return self._thread.submit(function, *arguments)
+        finally:
+            threading.stack_size(before)
 
     def abort(self, request_id: str, sample: int | None) -> list[Event]:
         """End one sample of a request that waits, or all. What does not wait is ignored."""
