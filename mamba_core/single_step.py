@@ -69,4 +69,7 @@ def _weights_of_layer(model: MambaModel, index: int) -> LayerWeights:
         gain=norm.weight,
         in_bias=mixer.in_proj.bias,
         out_bias=mixer.out_proj.bias,
+        in_scales=getattr(mixer.in_proj, "scales", None),
+        x_scales=getattr(mixer.x_proj, "scales", None),
+        out_scales=getattr(mixer.out_proj, "scales", None),
     )

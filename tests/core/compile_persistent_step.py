@@ -13,12 +13,14 @@ from mamba_core.ops.triton.persistent_step_kernel import persistent_step_kernel
 from tests.compiling import compiled_for_hopper, print_records, source_of
 
 PROGRAMS = 132
-# H, R, N, K and what else a model may have: published sizes, and one of everything else
-SIZES: list[tuple[int, int, int, int, dict[str, Any]]] = [
-    (1024, 64, 16, 4, {}),
-    (2048, 128, 16, 4, {}),
-    (2560, 160, 16, 4, {}),
-    (512, 40, 12, 3, {"HAS_BIAS": True, "HAS_CONV_BIAS": False, "NORM": True, "SKIP_DTYPE": gl.bfloat16}),
+# H, R, N, K, the bytes of a weight and what else a model may have: published sizes, and one of everything else
+SIZES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
+    (1024, 64, 16, 4, 2, {}),
+    (2048, 128, 16, 4, 2, {}),
+    (2560, 160, 16, 4, 2, {}),
+    (1024, 64, 16, 4, 1, {}),
+    (2560, 160, 16, 4, 1, {}),
+    (512, 40, 12, 3, 2, {"HAS_BIAS": True, "HAS_CONV_BIAS": False, "NORM": True, "SKIP_DTYPE": gl.bfloat16}),
 ]
 USUAL = {"HAS_BIAS": False, "HAS_CONV_BIAS": True, "NORM": False, "SKIP_DTYPE": gl.float32}
 TYPES = {
@@ -32,13 +34,15 @@ SHARED = ("gained_ptr", "squares_ptr", "x_ptr", "low_ptr", "y_ptr")
 
 
 def compile_all() -> Iterator[dict[str, Any]]:
-    for width, rank, states, taps, changes in SIZES:
-        constants = launch_constants(width, rank, states, taps, PROGRAMS) | USUAL | changes
+    for width, rank, states, taps, weight_bytes, changes in SIZES:
+        own = {"WEIGHT_DTYPE": gl.bfloat16 if weight_bytes == 2 else gl.int8} | changes
+        constants = launch_constants(width, rank, states, taps, PROGRAMS, weight_bytes) | USUAL | own
         source = source_of(persistent_step_kernel, constants, TYPES, unaligned=frozenset({"layers", "inner_eps"}))
         compiled = compiled_for_hopper(source, num_warps=constants["WARPS"])
         assembly = compiled.asm["ptx"]
         yield {
             "width": width,
+            "weight_bytes": weight_bytes,
             "shared_bytes": compiled.metadata.shared,
             "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", assembly)),
             "narrow_copies": assembly.count("cp.async.ca"),

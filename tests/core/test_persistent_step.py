@@ -16,8 +16,10 @@ from mamba_core.ops import Packing
 from mamba_core.ops.triton import persistent_step_kernel
 from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, is_applicable, launch_constants, locate
 from mamba_core.ops.triton.step import MAX_TILES
+from mamba_core.quantization import quantize_int8
 from tests.compiling import records_of
 from tests.core.ops_cases import poison_memory
+from tests.core.step_cases import widened
 
 MakeModel = Callable[..., MambaForCausalLM]
 # a multiprocessor of compute capability 9.0 has 228 KiB, a block of threads at most
@@ -62,7 +64,7 @@ def test_the_table_holds_addresses_and_zero_for_what_is_missing() -> None:
     assert table.tolist() == [
         [0 if tensor is None else tensor.data_ptr() for tensor in layer.tensors()] for layer in layers
     ]
-    assert (table == 0).sum(dim=1).tolist() == [3, 3]
+    assert (table == 0).sum(dim=1).tolist() == [6, 6]
 
 
 def test_the_table_is_kept_until_a_weight_moves() -> None:
@@ -109,9 +111,10 @@ def test_it_is_taken_for_one_row_alone(tiny_model: MakeModel, monkeypatch: pytes
 
 @pytest.mark.parametrize("width", [1024, 1536, 2048, 2560, 4096])
 @pytest.mark.parametrize("programs", [78, 132, 148])
-def test_every_row_has_room(width: int, programs: int) -> None:
-    constants = launch_constants(width, width // 16, 16, 4, programs)
-    stage_bytes = constants["GROUPS"] * constants["WARPS"] * 512 * (width // 512)
+@pytest.mark.parametrize("weight_bytes", [1, 2])
+def test_every_row_has_room(width: int, programs: int, weight_bytes: int) -> None:
+    constants = launch_constants(width, width // 16, 16, 4, programs, weight_bytes)
+    stage_bytes = constants["GROUPS"] * constants["WARPS"] * 256 * weight_bytes * (width // 512)
     assert 2 * stage_bytes <= constants["STAGES"] * stage_bytes < SHARED_BYTES
     rows = constants["GROUPS"] * constants["WARPS"] // 2
     for block, size, stage_rows in (
@@ -130,7 +133,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_it_compiles_and_fits(compiled: list[dict[str, Any]]) -> None:
-    assert [record["width"] for record in compiled] == [1024, 2048, 2560, 512]
+    assert [(record["width"], record["weight_bytes"]) for record in compiled] == [
+        (1024, 2),
+        (2048, 2),
+        (2560, 2),
+        (1024, 1),
+        (2560, 1),
+        (512, 2),
+    ]
     assert all(record["shared_bytes"] <= SHARED_BYTES for record in compiled)
 
 
@@ -181,14 +191,17 @@ def bf16_model(make: MakeModel, family: str, **changes: object) -> MambaForCausa
         ("falcon_mamba", {"hidden_size": 2560, "state_size": 16, "time_step_rank": 160, "num_hidden_layers": 1}),
     ],
 )
+@pytest.mark.parametrize("is_int8", [False, True], ids=["whole", "int8"])
 @torch.inference_mode()
 def test_it_equals_the_layers(
-    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, object]
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, object], is_int8: bool
 ) -> None:
-    model = bf16_model(tiny_model, family, **changes)
-    reference = tiny_model(family, **changes)
-    reference.load_state_dict(model.state_dict())
-    reference.to("cuda")
+    with torch.inference_mode(False):
+        model = bf16_model(tiny_model, family, **changes)
+        if is_int8:
+            quantize_int8(model)
+    reference = widened(model, tiny_model(family, **changes)).to("cuda")
+    assert is_applicable(single_step._weights_of_layer(model.backbone, 0))
     cache = warm_cache(model, 5)
     before, plain, exact = (clone(cache, dtype) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32))
     counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")

@@ -20,9 +20,9 @@ _TILE = 512
 # shared memory of a multiprocessor that the ring may take
 _RING_BYTES = 200 * 1024
 _MAX_STAGES = 20
-# warps that multiply, and rows of a stage for each share of them
+# warps that multiply, and how many bytes of a tile are those of each
 _WARPS = 8
-_GROUPS = 1
+_WARP_BYTES = 512
 # warps that copy, and how much they have on its way at a time: what is more than keeps memory busy stands before the
 # loads that all programs wait for (2.8b on an H200: 1.41 ms with 40 KiB, 1.50 with 60, 1.62 with 140)
 _COPIERS = 4
@@ -32,6 +32,7 @@ _MAX_WIDTH = 4096
 _MAX_CHANNELS = 64
 # of each of which a thread of a warp holds eight squares
 _MAX_PROGRAMS = 256
+_WEIGHT_DTYPES = {torch.bfloat16: gl.bfloat16, torch.int8: gl.int8}
 _SKIP_DTYPES = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16}
 
 
@@ -40,7 +41,8 @@ class LayerWeights:
     """The weights of a layer, in the order of the kernel's table; ``gain`` is that of the norm that follows it.
 
     in_proj [2 D, H], x_proj [R + 2 N, D], out_proj [H, D], taps [D, K], dt_proj [D, R], decay [D, N] fp32; all else
-    bfloat16 but for skip [D], which may be fp32.
+    bfloat16 but for skip [D], which may be fp32, and for the first three, which may be int8 with scales, one fp32 per
+    output.
     """
 
     in_proj: Tensor
@@ -55,6 +57,9 @@ class LayerWeights:
     gain: Tensor
     in_bias: Tensor | None
     out_bias: Tensor | None
+    in_scales: Tensor | None = None
+    x_scales: Tensor | None = None
+    out_scales: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
@@ -62,7 +67,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights of all layers and where they lie: table [layers, 12] int64 addresses on their device."""
+    """The weights of all layers and where they lie: table [layers, 15] int64 addresses on their device."""
 
     layers: tuple[LayerWeights, ...]
     addresses: tuple[int, ...]
@@ -78,7 +83,8 @@ def is_applicable(layer: LayerWeights) -> bool:
         return False
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     return (
-        layer.in_proj.dtype == torch.bfloat16
+        layer.in_proj.dtype in _WEIGHT_DTYPES
+        and layer.gain.dtype == torch.bfloat16
         and layer.skip.dtype in _SKIP_DTYPES
         and dim == 2 * width
         and width % _TILE == 0
@@ -125,7 +131,7 @@ def step(
         layer.decay.shape[1],
     )
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    constants = launch_constants(width, rank, states, taps, programs)
+    constants = launch_constants(width, rank, states, taps, programs, layer.in_proj.itemsize)
 
     def room(size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -156,6 +162,7 @@ def step(
         HAS_BIAS=layer.in_bias is not None,
         HAS_CONV_BIAS=layer.conv_bias is not None,
         NORM=inner_eps is not None,
+        WEIGHT_DTYPE=_WEIGHT_DTYPES[layer.in_proj.dtype],
         **constants,
         num_warps=constants["WARPS"],
         # all programs at once or none: they wait for each other
@@ -164,10 +171,13 @@ def step(
     return gained[None], squares[:, None]
 
 
-def launch_constants(width: int, rank: int, states: int, taps: int, programs: int) -> dict[str, int]:
+def launch_constants(
+    width: int, rank: int, states: int, taps: int, programs: int, weight_bytes: int = 2
+) -> dict[str, int]:
     """What the kernel is compiled for besides the kind of model: its sizes, and how they are shared out."""
-    stage_bytes = _GROUPS * _WARPS * 256 * 2 * (width // _TILE)
-    rows, wide_rows = _GROUPS * _WARPS // 2, _GROUPS * _WARPS // 4
+    groups = _WARP_BYTES // (256 * weight_bytes)
+    stage_bytes = _WARPS * _WARP_BYTES * (width // _TILE)
+    rows, wide_rows = groups * _WARPS // 2, groups * _WARPS // 4
     high = 1 << (rank.bit_length() - 1)
 
     def room_for(size: int, rows: int) -> int:
@@ -187,7 +197,7 @@ def launch_constants(width: int, rank: int, states: int, taps: int, programs: in
         "BLOCK_O": room_for(width, wide_rows),
         "BLOCK_P": room_for(rank + 2 * states, wide_rows),
         "PROGRAMS": programs,
-        "GROUPS": _GROUPS,
+        "GROUPS": groups,
         "STAGES": min(_RING_BYTES // stage_bytes, _MAX_STAGES),
         "WARPS": _WARPS,
         "COPIERS": _COPIERS,

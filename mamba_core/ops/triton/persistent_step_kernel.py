@@ -7,7 +7,7 @@ on while the programs wait for each other. They are paced, because what the prog
 about as much is on its way as keeps memory busy.
 
 A stage is a few whole rows, as tiles side by side; in a tile a multiplying warp has 256 columns of GROUPS rows, and it
-keeps its share of a row's sum to itself until all rows of a phase are there.
+keeps its share of a row's sum to itself until all rows of a phase are there. Weights in int8 are widened in registers.
 
 A layer has four phases, after each of which every program needs what all have written, so a counter in memory tells
 when all have. Two of the four waits are hidden behind the second half of in_proj, which nothing waits for:
@@ -40,10 +40,11 @@ _HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpre
 COPIER_REGISTERS = gl.constexpr(56)
 
 # columns of the table of addresses, a row per layer
-FIELDS = gl.constexpr(12)
+FIELDS = gl.constexpr(15)
 IN_PROJ, X_PROJ, OUT_PROJ, TAPS, CONV_BIAS, DT_PROJ, DT_BIAS, DECAY, SKIP, GAIN, IN_BIAS, OUT_BIAS = (
     gl.constexpr(i) for i in range(12)
 )
+IN_SCALES, X_SCALES, OUT_SCALES = (gl.constexpr(i) for i in range(12, 15))
 
 # one thread counts its program; the barrier before it has collected what the others wrote
 _COUNT = gl.constexpr("""
@@ -76,6 +77,18 @@ POLL:
     trap;
 CAME:
     mov.u32 $0, 0;
+}
+""")
+# four weights in int8 to fp32: a byte with its sign turned over is the end of a number from 2^23 on, which ends in 128
+# more; the instruction that converts is too slow for the rate at which weights come
+_WIDEN = gl.constexpr("""
+{
+    .reg .b32 bytes;
+    xor.b32 bytes, $4, 0x80808080;
+    prmt.b32 $0, bytes, 0x4B000000, 0x7440;
+    prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+    prmt.b32 $2, bytes, 0x4B000000, 0x7442;
+    prmt.b32 $3, bytes, 0x4B000000, 0x7443;
 }
 """)
 
@@ -119,6 +132,27 @@ def _bf16(address):
 
 
 @gluon.jit
+def _widen(tile):
+    """Weights in fp32."""
+    if tile.dtype == gl.int8:
+        return (
+            gl.inline_asm_elementwise(_WIDEN, "=f,=f,=f,=f,r", [tile], dtype=gl.float32, is_pure=True, pack=4)
+            - 8388736.0
+        )
+    else:  # noqa: RET505  what is not there must not be compiled
+        return tile.to(gl.float32)
+
+
+@gluon.jit
+def _scales(entry, rows, mask, IS_INT8: gl.constexpr):
+    """What sums of these rows of a product are to be multiplied with; ``entry`` holds the address of the scales."""
+    if IS_INT8:
+        return gl.load(gl.load(entry).to(gl.pointer_type(gl.float32)) + rows, mask=mask, other=0.0)
+    else:  # noqa: RET505  as above
+        return 1.0
+
+
+@gluon.jit
 def _share(rows: gl.constexpr, PROGRAMS: gl.constexpr):
     """The first of this program's rows, and how many they are."""
     pid = gl.program_id(0)
@@ -147,7 +181,8 @@ def _put(
     w_at,
     first_row,
     num_rows,
-    stage,
+    begin,
+    end,
     WIDTH: gl.constexpr,
     SHARES: gl.constexpr,
     PARTS: gl.constexpr,
@@ -155,25 +190,30 @@ def _put(
     COPIERS: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
-    """Copy a stage of some rows of W [*, WIDTH] into the next slot of the ring, once that is free."""
+    """Copy stages ``begin`` to ``end`` of rows of W [*, WIDTH] into the next slots of the ring, as they get free."""
     tiles, filled, freed = ring
-    slot, turn = at
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [COPIERS, 1], [1, 0])
+    DTYPE: gl.constexpr = tiles[0].dtype
+    # 16 bytes
+    EACH: gl.constexpr = 128 // DTYPE.primitive_bitwidth
+    COPY: gl.constexpr = gl.BlockedLayout([1, EACH], [EACH // 8, 256 // EACH], [COPIERS, 1], [1, 0])
     part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, COPY))[:, None]
     column = gl.arange(0, 256, layout=gl.SliceLayout(0, COPY))[None, :]
-    row = stage * (PARTS // SHARES) + part // SHARES
-    mask = gl.max_constancy((row < num_rows) & (column >= 0), [1, 256])
-    w_ptr = _bf16(w_at) + first_row.to(gl.int64) * WIDTH
-    offset = row * WIDTH + part % SHARES * 256 + column
-    mbarrier.wait(freed.index(slot), turn ^ 1)
-    for j in gl.static_range(WIDTH // (SHARES * 256)):
-        pointers = gl.multiple_of(w_ptr + (offset + j * SHARES * 256), [1, 16])
-        _copy(tiles[j].index(slot), pointers, mask=mask)
-    async_copy.mbarrier_arrive(filled.index(slot), increment_count=False)
-    async_copy.commit_group()
-    # more on its way than keeps memory busy would only stand before the loads that others wait for
-    async_copy.wait_group(AHEAD)
-    return _next(at, STAGES)
+    w_ptr = w_at.to(gl.pointer_type(DTYPE)) + first_row.to(gl.int64) * WIDTH
+    for stage in range(begin, end):
+        slot, turn = at
+        row = stage * (PARTS // SHARES) + part // SHARES
+        mask = gl.max_constancy((row < num_rows) & (column >= 0), [1, 256])
+        offset = row * WIDTH + part % SHARES * 256 + column
+        mbarrier.wait(freed.index(slot), turn ^ 1)
+        for j in gl.static_range(WIDTH // (SHARES * 256)):
+            pointers = gl.multiple_of(w_ptr + (offset + j * SHARES * 256), [1, 16])
+            _copy(tiles[j].index(slot), pointers, mask=mask)
+        async_copy.mbarrier_arrive(filled.index(slot), increment_count=False)
+        async_copy.commit_group()
+        # more on its way than keeps memory busy would only stand before the loads that others wait for
+        async_copy.wait_group(AHEAD)
+        at = _next(at, STAGES)
+    return at
 
 
 @gluon.jit
@@ -203,16 +243,11 @@ def _copy_weights(
     for layer in range(layers):
         in_at, p_at, out_at = in_next, p_next, out_next
         in_next, p_next, out_next = _products(table_ptr + gl.minimum(layer + 1, layers - 1) * FIELDS)
-        for stage in range(NX):
-            at = _put(ring, at, in_at, first_c, count_c, stage, H, 2, PARTS, STAGES, COPIERS, AHEAD)
-        for stage in range(NZ):
-            at = _put(ring, at, in_at, D + first_c, count_c, stage, H, 2, PARTS, STAGES, COPIERS, AHEAD)
-        for stage in range(NP):
-            at = _put(ring, at, p_at, first_p, count_p, stage, D, 4, PARTS, STAGES, COPIERS, AHEAD)
-        for stage in range(NZ, NX):
-            at = _put(ring, at, in_at, D + first_c, count_c, stage, H, 2, PARTS, STAGES, COPIERS, AHEAD)
-        for stage in range(NO):
-            at = _put(ring, at, out_at, first_o, count_o, stage, D, 4, PARTS, STAGES, COPIERS, AHEAD)
+        at = _put(ring, at, in_at, first_c, count_c, 0, NX, H, 2, PARTS, STAGES, COPIERS, AHEAD)
+        at = _put(ring, at, in_at, D + first_c, count_c, 0, NZ, H, 2, PARTS, STAGES, COPIERS, AHEAD)
+        at = _put(ring, at, p_at, first_p, count_p, 0, NP, D, 4, PARTS, STAGES, COPIERS, AHEAD)
+        at = _put(ring, at, in_at, D + first_c, count_c, NZ, NX, H, 2, PARTS, STAGES, COPIERS, AHEAD)
+        at = _put(ring, at, out_at, first_o, count_o, 0, NO, D, 4, PARTS, STAGES, COPIERS, AHEAD)
     async_copy.wait_group(0)
 
 
@@ -222,29 +257,32 @@ def _multiply(
     at,
     x,
     sums,
-    stage,
+    begin,
+    end,
     SHARES: gl.constexpr,
     SUBS: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """The rows of the next stage times x, each in SHARES shares: sums [stages, rows, SHARES]."""
+    """The rows of the next stages times x, each in SHARES shares: sums [stages, rows, SHARES], ``begin`` to ``end``."""
     tiles, filled, freed = ring
-    slot, turn = at
     ROWS: gl.constexpr = PARTS // SHARES
     TILE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 1, 32], [WARPS // SHARES, SHARES, 1], [2, 1, 0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    mbarrier.wait(filled.index(slot), turn)
-    acc = gl.zeros([ROWS, SHARES, 256], gl.float32, TILE)
-    for j in gl.static_range(SUBS):
-        tile = _view(tiles[j], gl.bfloat16, [STAGES, ROWS, SHARES, 256], SHARED).index(slot)
-        acc += tile.load(TILE).to(gl.float32) * x[j][None, :, :]
-    # the slot is free once every thread has read it
-    _barrier()
-    mbarrier.arrive(freed.index(slot))
-    sums.index(stage).store(gl.sum(acc, axis=2))
-    return _next(at, STAGES)
+    for stage in range(begin, end):
+        slot, turn = at
+        mbarrier.wait(filled.index(slot), turn)
+        acc = gl.zeros([ROWS, SHARES, 256], gl.float32, TILE)
+        for j in gl.static_range(SUBS):
+            tile = _view(tiles[j], tiles[j].dtype, [STAGES, ROWS, SHARES, 256], SHARED).index(slot)
+            acc += _widen(tile.load(TILE)) * x[j][None, :, :]
+        # the slot is free once every thread has read it
+        _barrier()
+        mbarrier.arrive(freed.index(slot))
+        sums.index(stage).store(gl.sum(acc, axis=2))
+        at = _next(at, STAGES)
+    return at
 
 
 @gluon.jit
@@ -323,6 +361,7 @@ def _advance(
     SHARES: gl.constexpr = 2
     WIDE_SHARES: gl.constexpr = 4
     x_sums, z_sums, p_sums, o_sums = sums
+    IS_INT8: gl.constexpr = ring[0][0].dtype == gl.int8
     # channels and their sums; rows of the residual, of low; [channels, N]; [channels, R]; one value per program
     CHANNELS: gl.constexpr = gl.BlockedLayout([1, SHARES], [32, 1], [WARPS, 1], [1, 0])
     CHANNEL: gl.constexpr = gl.SliceLayout(1, CHANNELS)
@@ -379,6 +418,10 @@ def _advance(
         decay_ptr = gl.load(entry + DECAY).to(gl.pointer_type(gl.float32)) + tile
         skip_ptr = gl.load(entry + SKIP).to(gl.pointer_type(SKIP_DTYPE)) + first_c + d
         next_gain_ptr = _bf16(gl.load(entry + GAIN)) + first_o + o
+        x_scales = _scales(entry + IN_SCALES, first_c + c, mask_c, IS_INT8)
+        z_scales = _scales(entry + IN_SCALES, D + first_c + c, mask_c, IS_INT8)
+        p_scales = _scales(entry + X_SCALES, first_p + p, p < count_p, IS_INT8)
+        o_scales = _scales(entry + OUT_SCALES, first_o + o, mask_o, IS_INT8)
         window_ptr = conv_ptr + c * (K - 1)
         past = gl.zeros([BLOCK_C], gl.float32, CHANNEL)
         if HAS_CONV_BIAS:
@@ -399,10 +442,9 @@ def _advance(
 
         hidden = _inputs(gained_ptr, SHARES, SUBS, WARPS)
         squares = gl.load(squares_ptr + each, mask=each < PROGRAMS, other=0.0, cache_modifier=".cg")
-        for stage in range(NX):
-            at = _multiply(ring, at, hidden, x_sums, stage, SHARES, SUBS, PARTS, STAGES, WARPS)
+        at = _multiply(ring, at, hidden, x_sums, 0, NX, SHARES, SUBS, PARTS, STAGES, WARPS)
         scale = 1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps)
-        x = _total(x_sums, BLOCK_C, SHARES, CHANNELS) * scale
+        x = _total(x_sums, BLOCK_C, SHARES, CHANNELS) * (x_scales * scale)
         if HAS_BIAS:
             x += x_bias
         kept = x.to(conv_ptr.dtype.element_ty)
@@ -430,20 +472,18 @@ def _advance(
         h = gl.load(ssm_ptr + tile, mask=mask, other=0.0).to(gl.float32)
         gain = gl.load(next_gain_ptr, mask=mask_o, other=0.0).to(gl.float32)
 
-        for stage in range(NZ):
-            at = _multiply(ring, at, hidden, z_sums, stage, SHARES, SUBS, PARTS, STAGES, WARPS)
+        at = _multiply(ring, at, hidden, z_sums, 0, NZ, SHARES, SUBS, PARTS, STAGES, WARPS)
 
         _await(counter_ptr, target)
         inner = _inputs(x_ptr, WIDE_SHARES, SUBS, WARPS)
-        for stage in range(NP):
-            at = _multiply(ring, at, inner, p_sums, stage, WIDE_SHARES, SUBS, PARTS, STAGES, WARPS)
-        gl.store(low_ptr + first_p + p, _total(p_sums, BLOCK_P, WIDE_SHARES, OUTPUTS), mask=p < count_p)
+        at = _multiply(ring, at, inner, p_sums, 0, NP, WIDE_SHARES, SUBS, PARTS, STAGES, WARPS)
+        low = _total(p_sums, BLOCK_P, WIDE_SHARES, OUTPUTS) * p_scales
+        gl.store(low_ptr + first_p + p, low, mask=p < count_p)
         target += PROGRAMS
         _count(counter_ptr)
 
-        for stage in range(NZ, NX):
-            at = _multiply(ring, at, hidden, z_sums, stage, SHARES, SUBS, PARTS, STAGES, WARPS)
-        z = _total(z_sums, BLOCK_C, SHARES, CHANNELS) * scale
+        at = _multiply(ring, at, hidden, z_sums, NZ, NX, SHARES, SUBS, PARTS, STAGES, WARPS)
+        z = _total(z_sums, BLOCK_C, SHARES, CHANNELS) * (z_scales * scale)
         if HAS_BIAS:
             z += z_bias
         z = gl.convert_layout(z.to(gl.bfloat16).to(gl.float32), STATE_D)
@@ -474,9 +514,8 @@ def _advance(
         _await(counter_ptr, target)
 
         inner = _inputs(y_ptr, WIDE_SHARES, SUBS, WARPS)
-        for stage in range(NO):
-            at = _multiply(ring, at, inner, o_sums, stage, WIDE_SHARES, SUBS, PARTS, STAGES, WARPS)
-        residual += gl.where(mask_o, _total(o_sums, BLOCK_O, WIDE_SHARES, OUTPUTS), 0.0)
+        at = _multiply(ring, at, inner, o_sums, 0, NO, WIDE_SHARES, SUBS, PARTS, STAGES, WARPS)
+        residual += gl.where(mask_o, _total(o_sums, BLOCK_O, WIDE_SHARES, OUTPUTS) * o_scales, 0.0)
         gl.store(gained_ptr + first_o + o, (residual * gain).to(gl.bfloat16), mask=mask_o)
         gl.store(squares_ptr + pid, gl.sum(residual * residual, axis=0))
         conv_ptr += conv_layer_stride
@@ -530,11 +569,13 @@ def persistent_step_kernel(
     WARPS: gl.constexpr,
     COPIERS: gl.constexpr,
     AHEAD: gl.constexpr,
+    WEIGHT_DTYPE: gl.constexpr,
 ):
     """gained [H] and squares [PROGRAMS] of the last residual for token [1], states in slot [1] moved on.
 
     table [layers, FIELDS] int64 addresses. x, y [D], low [R + 2 N] fp32: room for what programs tell each other.
     R_HIGH + R_LOW >= R. counter is zero before and after. COPIERS warps copy, AHEAD stages and one more at a time.
+    WEIGHT_DTYPE of the three large products: bfloat16, or int8 with scales.
     """
     LOW_WIDTH: gl.constexpr = R + 2 * N
     # rows of a stage, of in_proj and of the products that are twice as wide
@@ -550,7 +591,7 @@ def persistent_step_kernel(
     SHARED_1D: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles = ()
     for _ in gl.static_range(H // 512):
-        tiles += (gl.allocate_shared_memory(gl.bfloat16, [STAGES, PARTS, 256], SHARED),)
+        tiles += (gl.allocate_shared_memory(WEIGHT_DTYPE, [STAGES, PARTS, 256], SHARED),)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
