@@ -60,10 +60,14 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "jinja2": ("app.serving.chat_sandbox", "app.serving.chat_template"),
     "msgspec": BOUNDARY,
     "zmq": BOUNDARY,
+    "llguidance": ("app.engine.grammars", "app.engine.gbnf", "app.engine.matchers", "app.serving.grammar_worker"),
 }
 
 # what a GPU machine with nothing but torch and transformers can run; their own dependencies count as theirs
 CORE_LIBRARIES = frozenset({"torch", "triton", "transformers"})
+# what a grammar is: llguidance is imported with the first one
+GRAMMARS = ("app.engine.grammars", "app.engine.gbnf", "app.engine.matchers")
+MASKS = ("app.engine.constraints", "app.engine.masks", "app.engine.matchers")
 COMPILER_LIBRARIES = frozenset({"numba", "llvmlite", "numpy"})
 # compiled when a CPU is used; nothing else may need these
 COMPILED = ("mamba_core.ops.machine", "mamba_core.ops.native", "mamba_core.ops.numba_ops", "mamba_core.cpu_step")
@@ -114,6 +118,8 @@ def allowed_libraries(name: str) -> frozenset[str] | None:
         return frozenset()
     if is_within(name, BOUNDARY):
         return CORE_LIBRARIES | {"msgspec", "zmq"}
+    if is_within(name, (*GRAMMARS, *MASKS)):
+        return CORE_LIBRARIES | {"llguidance", "numpy", "huggingface_hub"}
     if is_within(name, ("app.engine",)):
         return CORE_LIBRARIES
     if is_within(name, COMPILED):

@@ -9,8 +9,6 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from app.engine.request import Grammar
 
 if TYPE_CHECKING:
@@ -104,9 +102,13 @@ def error_of(grammar: Grammar, complaint: str) -> GrammarError:
 
 def _choice_to_lark(source: str) -> str:
     try:
-        choices = msgspec.json.decode(source, type=list[str])
-    except (msgspec.DecodeError, RecursionError):
-        raise GrammarError("the list of choices is not a JSON list of strings") from None
+        choices = json.loads(source)
+        # half of a surrogate pair has no bytes
+        json.dumps(choices, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        choices = None
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise GrammarError("the list of choices is not a JSON list of strings")
     if not choices:
         raise GrammarError("the list of choices is empty")
     if len(choices) > MAX_CHOICES:

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.engine.constraints import Constraint
 from app.engine.host import Mark, mark, to_device
 from app.engine.matchers import num_words
-from app.engine.sequence import RowEnd, Sequence
+from app.engine.sequence import Constraint, RowEnd, Sequence
 
 # finite, since a row with an infinite logit counts as broken; its weight is 0 at every temperature
 FORBIDDEN = -1e30

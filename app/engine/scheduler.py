@@ -8,15 +8,11 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from app.engine.request import Event, FinishReason, GenerationRequest, PromptLogprobsEvent, TokenLogprobs
-from app.engine.sequence import Chunk, Prefill, Sequence, StepPlan, StepResult
+from app.engine.sequence import Chunk, Constraint, Prefill, Sequence, StepPlan, StepResult
 from app.engine.share import PrefillShare
 from app.engine.slots import SCRATCH_SLOT, SlotPool
-
-if TYPE_CHECKING:
-    from app.engine.constraints import Constraint
 
 # a step takes so many shares while fewer stream than so many times those that start beside a first one
 BURST_RATIO = 8

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from app.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
 from app.engine.slots import SCRATCH_SLOT
 
-if TYPE_CHECKING:
-    from app.engine.constraints import Constraint
+
+class Constraint(Protocol):
+    """Which tokens may follow in one sample; ``constraints.Constraint`` is one."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no token is to be drawn any more."""
+
+    def restart(self, output: list[int]) -> None:
+        """Stand behind this output, whatever came before."""
+
+    def accept(self, token: int) -> None:
+        """A token was drawn."""
+
+    def write(self, words: Any) -> RowEnd | None:
+        """Fill a row of a mask, an array of int32 with a bit per token; or tell why the row ends instead."""
 
 
 @dataclass(slots=True, eq=False)
