@@ -179,6 +179,12 @@ class Settings(BaseSettings):
     )
     max_prompts: Count = _setting(128, "Limits", "prompts in one request")
     max_n: Count = _setting(64, "Limits", "continuations of one prompt (n, best_of)")
+    max_stored_responses: NumberOrZero = _setting(
+        1000, "Limits", "responses kept in memory to go on after; those not used for longest give way; 0 for none"
+    )
+    max_stored_bytes: Annotated[ByteSize, BeforeValidator(_not_a_bool)] = _setting(
+        ByteSize(64 * 2**20), "Limits", "bytes that these take together, or as 64MiB", ge=1
+    )
     key_max_concurrency: NumberOrZero = _setting(
         0, "Limits", "requests that may be open at once under one key's name; 0 for no limit"
     )

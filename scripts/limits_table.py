@@ -47,6 +47,10 @@ FIELDS = {
     "token_rules.MAX_SALT_CHARACTERS": "`cache_salt`: characters",
     "output_format.MAX_CHOICES": "`structured_outputs.choice`: strings",
     "output_format.MAX_FORMAT_NAME_CHARACTERS": "`response_format.json_schema.name`: characters",
+    "responses.MAX_METADATA": "`metadata`: keys",
+    "responses.MAX_METADATA_KEY_CHARACTERS": "`metadata`: characters of a key",
+    "responses.MAX_METADATA_CHARACTERS": "`metadata`: characters of a value",
+    "responses.MAX_RESPONSE_ID_CHARACTERS": "`previous_response_id`: characters",
 }
 _UNSET = {"max_num_seqs": "as memory allows"}
 
@@ -108,6 +112,10 @@ def limits() -> dict[str, tuple[Limit, ...]]:
             Limit("prompts", "400", "max_prompts"),
             Limit("continuations of a prompt, and no more than there are slots", "400", "max_n"),
             *_field_limits(),
+        ),
+        "Responses that are kept": (
+            Limit("responses", "those not used for longest give way", "max_stored_responses"),
+            Limit("bytes of answers and their conversations", "the same", "max_stored_bytes"),
         ),
     }
 

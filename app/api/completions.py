@@ -98,7 +98,9 @@ class CompletionAnswer(Response):
         if not prepared.is_stream:
             return await self._service.complete(prepared, observer)
         settings = self._context.settings
-        self._events = EventStream(self._connection, send, request, settings.ping_interval, settings.write_timeout)
+        self._events = EventStream(
+            self._connection, send, request, settings.ping_interval, settings.write_timeout, prepared.last_words
+        )
         with closing(self._service.stream(prepared, self._events, observer)) as run:
             await self._events.follow(run)
         return None

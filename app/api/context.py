@@ -15,6 +15,7 @@ from app.serving.completions import CompletionService
 from app.serving.errors import Unavailable
 from app.serving.limits import ServingLimits
 from app.serving.models import ModelCatalog
+from app.serving.responses_store import ResponseStore
 from app.serving.tokenizer import Tokenizer
 from app.serving.tokens import TokenService
 from app.settings import Settings
@@ -45,11 +46,13 @@ class ServerContext:
     token_work: ByteBudget = field(init=False)
     catalog: ModelCatalog = field(init=False)
     keys: KeyRing = field(init=False)
+    responses: ResponseStore = field(init=False)
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings.max_queue, self.settings.max_queue_tokens)
         self.token_work = ByteBudget(self.settings.max_body_size)
         self.keys = KeyRing(self.settings.read_api_keys())
+        self.responses = ResponseStore(self.settings.max_stored_responses, self.settings.max_stored_bytes)
         self.catalog = ModelCatalog(self.engine, self.settings.model_names, self.limits)
 
     @property

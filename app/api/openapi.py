@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
 from app.schemas.errors import ErrorBody
+from app.schemas.responses import ResponsesRequest
 from app.schemas.token_rules import MAX_SESSION_CHARACTERS
 from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -23,6 +24,7 @@ BODIES: dict[type[BaseModel], dict[str, Any]] = {
         "messages": [{"role": "user", "content": "Write a function that adds two numbers."}],
         "max_completion_tokens": 64,
     },
+    ResponsesRequest: {"input": "Write a function that adds two numbers.", "max_output_tokens": 64},
     TokenizeRequest: {"prompt": "def fibonacci(n):", "return_token_strs": True},
     DetokenizeRequest: {"tokens": [1, 2, 3]},
 }

@@ -12,6 +12,7 @@ from app.api.connection import Connection
 from app.api.errors import error_bytes
 from app.api.open_requests import OpenRequest
 from app.serving.errors import RequestError
+from app.serving.forms import LastWords
 from app.serving.run import CompletionRun
 
 DONE = b"data: [DONE]\n\n"
@@ -50,6 +51,7 @@ class EventStream:
         "_has_changed",
         "_held",
         "_is_direct",
+        "_last_words",
         "_loop",
         "_on_free",
         "_period",
@@ -71,12 +73,14 @@ class EventStream:
         request: OpenRequest,
         ping_interval: float,
         write_timeout: float,
+        last_words: LastWords | None = None,
     ) -> None:
         self._connection = connection
         self._send = send
         self._request = request
         self._ping_interval = ping_interval
         self._write_timeout = write_timeout
+        self._last_words = last_words or _done
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._on_free: Callable[[], None] = self._wake.set
@@ -115,10 +119,10 @@ class EventStream:
         run.check()
 
     async def finish(self, error: RequestError | None = None) -> None:
-        """Send the last events: the error, if there is one, and the mark of the end. Raises TimeoutError."""
+        """Send the last events: the error, if there is one, and what marks the end. Raises TimeoutError."""
         is_free = not self.is_blocked
         self.close()
-        last = DONE if error is None else b"data: " + error_bytes(error) + b"\n\n" + DONE
+        last = self._last_words(self.frame, error)
         # what is free to be written needs no clock
         async with nullcontext() if is_free else asyncio.timeout(_LAST_WORDS_SECONDS):
             await self._start()
@@ -166,3 +170,7 @@ class EventStream:
         if not self.is_blocked and not self._held and unchanged >= self._ping_interval:
             self.write(PING)
         self._timer = self._loop.call_later(self._period, self._on_timer)
+
+
+def _done(frame: tuple[bytes, bytes], error: RequestError | None) -> bytes:
+    return DONE if error is None else frame[0] + error_bytes(error) + frame[1] + DONE

@@ -40,8 +40,13 @@ Body = TypeVar("Body", bound=WireModel)
 
 def parse_body(model: type[Body], raw: bytes) -> Body:
     """The request that a body holds. Raises BodyError, whose message names the first field that is wrong."""
+    return check_body(model, parse_object(raw))
+
+
+def check_body(model: type[Body], value: dict[str, Any]) -> Body:
+    """The request that such fields make. Raises BodyError, as above."""
     try:
-        return model.model_validate(parse_object(raw))
+        return model.model_validate(value)
     except ValidationError as error:
         raise _body_error(error.errors(include_url=False, include_input=False)[0]) from None
 

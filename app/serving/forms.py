@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from app.serving.errors import RequestError
 from app.serving.logprobs import LogprobEntry, PromptScores
+
+# the end of a stream in the frame of its events, for a request that failed or, with None, did not
+LastWords = Callable[[tuple[bytes, bytes], RequestError | None], bytes]
 
 
 @dataclass(frozen=True, slots=True)

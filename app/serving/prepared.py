@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.engine.request import GenerationRequest
-from app.serving.forms import AnswerForm
+from app.serving.forms import AnswerForm, LastWords
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class PreparedCompletion:
     alternatives. end_of_text_ids: stop tokens that are no ``stop_reason``. n: samples per prompt, of which the
     ``num_best`` likeliest are answered, or all. prompt_logprobs: None or the number of alternatives for the tokens of
     the prompt, told beside the choice. names_ids: log-probabilities name tokens by their ids. min_tokens: before so
-    many nothing is a stop string.
+    many nothing is a stop string. last_words: how a stream ends, None for the way of most.
     """
 
     form: AnswerForm
@@ -54,6 +54,7 @@ class PreparedCompletion:
     names_ids: bool = False
     min_tokens: int = 0
     max_waiting_bytes: int | None = None
+    last_words: LastWords | None = None
 
     @property
     def num_sequences(self) -> int:

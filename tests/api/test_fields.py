@@ -19,6 +19,7 @@ from tokenizers import processors
 from app.api.openapi import BODIES
 from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
+from app.schemas.responses import ResponsesRequest
 from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from app.schemas.wire import WireModel
 from app.serving.tokenizer import Tokenizer
@@ -132,6 +133,13 @@ GENERATION: dict[str, Changes] = {
     "guided_grammar": Changes('root ::= "a"'),
 }
 
+# of those, what responses have as well
+RESPONSE_FIELDS = (
+    *("model", "stream", "temperature", "top_p", "top_k", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "priority", "session_id"),
+)
+RESPONSE_SCHEMA = {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}}}}
+
 # register a new body here
 KINDS: dict[type[BaseModel], Kind] = {
     CompletionRequest: Kind(
@@ -169,6 +177,33 @@ KINDS: dict[type[BaseModel], Kind] = {
             "continue_final_message": Changes(True),
             "add_special_tokens": Changes(True),
             "chat_template_kwargs": Refused({"a": 1}),
+        },
+    ),
+    ResponsesRequest: Kind(
+        "/v1/responses",
+        {"input": "hello", "seed": 1, "max_output_tokens": 8},
+        {
+            **{name: GENERATION[name] for name in RESPONSE_FIELDS},
+            "input": Changes("hullo"),
+            "instructions": Changes("be short"),
+            "previous_response_id": Refused("resp_none"),
+            "store": Changes(False),
+            "max_output_tokens": Changes(3),
+            "text": Changes({"format": {"type": "json_object"}}),
+            "text.format": Changes({"type": "json_object"}),
+            "text.format.type": Changes("json_object"),
+            "text.format.name": Changes("b", RESPONSE_SCHEMA),
+            "text.format.description": Changes("b", RESPONSE_SCHEMA),
+            "text.format.schema": Changes({"type": "array"}, RESPONSE_SCHEMA),
+            "text.format.strict": Changes(True, RESPONSE_SCHEMA),
+            "tools": Changes([{"type": "function", "name": "f"}]),
+            "tool_choice": Changes("none", {"tools": [{"type": "function", "name": "f"}]}),
+            "parallel_tool_calls": Changes(False),
+            "include": Changes(["message.output_text.logprobs"]),
+            "top_logprobs": Changes(1, {"include": ["message.output_text.logprobs"]}),
+            "truncation": Changes("auto"),
+            "metadata": Changes({"a": "b"}),
+            "user": Changes("a"),
         },
     ),
     TokenizeRequest: Kind(
@@ -246,7 +281,7 @@ async def ask(server: Running, path: str, body: dict[str, Any]) -> tuple[int, An
     """Status, everything that was answered, and what the engine was asked, without what differs every time."""
     num_before = len(server.engine.requests)
     response = await server.client.post(path, json=body)
-    text = re.sub(r'"(id|created)":("[^"]*"|\d+)', "", response.text)
+    text = re.sub(r'"(id|created|created_at|item_id|call_id)":("[^"]*"|\d+)', "", response.text)
     asked = [dataclasses.replace(request, request_id="") for request in server.engine.requests[num_before:]]
     return response.status_code, (text, response.headers.get("x-session-id")), asked
 
