@@ -70,7 +70,14 @@ _SESSION_ID = {
     "`session_id` in the body wins",
     "schema": {"type": "string", "minLength": 1, "maxLength": MAX_SESSION_CHARACTERS},
 }
-_EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "with `stream`: events up to `[DONE]`"}}}
+_EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "string",
+            "description": "with `stream`: events up to `[DONE]`, or for responses up to the last of theirs",
+        }
+    }
+}
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

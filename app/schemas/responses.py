@@ -163,7 +163,9 @@ class ResponsesRequest(WireModel):
     )
     parallel_tool_calls: bool = Field(default=True, description="false: at most one call is answered")
     include: Annotated[list[str], PlainValidator(_check_include), WithJsonSchema(_INCLUDE_SCHEMA)] = Field(
-        default=[], description=f"what to tell beside the text: `{LOGPROBS}`, which is not for requests with tools"
+        default=[],
+        description=f"what to tell beside the text: `{LOGPROBS}`, which is not for requests with tools; "
+        "`reasoning.encrypted_content` has no effect, as there is none",
     )
     top_logprobs: int = Field(
         default=0,

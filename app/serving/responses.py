@@ -86,7 +86,7 @@ class ResponseJob:
         target = self.find_target(body.model)
         before = orjson.loads(self.previous.conversation) if self.previous is not None else []
         messages = [*before, *body.input]
-        said = _to_json(_said(body, is_kept=self.keep is not None))
+        said = _to_json(_said(body, is_kept=self.keep is not None), "text.format.schema")
         try:
             prepared = self.translator.translate(_chat_request(body, messages), target, request_id)
         except RequestError as error:
@@ -127,13 +127,13 @@ def make_job(
     return ResponseJob(body, translator, find_target, previous, keep, has_length_limit)
 
 
-def _to_json(value: Any, what: str = "tools") -> bytes:
-    """JSON of what a client may have nested too deeply for it, or filled with integers beyond 64 bits."""
+def _to_json(value: Any, param: str) -> bytes:
+    """JSON of what a client has said. Raises InvalidRequest for what can not be said again."""
     try:
         return orjson.dumps(value)
     except TypeError:
         raise InvalidRequest(
-            "JSON schemas should not be nested too deeply nor hold integers beyond 64 bits", param=what
+            f"'{param}' should not be nested too deeply nor hold integers beyond 64 bits", param=param
         ) from None
 
 

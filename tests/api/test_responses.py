@@ -345,6 +345,10 @@ async def test_a_format_is_the_engines_grammar(serve: Serve) -> None:
         ({"input": "x" * 1000}, "input"),
         ({"metadata": {"a": "b"}, "model": "no-such"}, "model"),
         ({"tools": [{**WEATHER, "parameters": {"maximum": 2**70}}]}, "tools"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"maximum": 2**70}}}},
+            "text.format.schema",
+        ),
     ],
 )
 async def test_what_is_refused(serve: Serve, fields: dict[str, Any], param: str) -> None:

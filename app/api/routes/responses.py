@@ -69,6 +69,6 @@ async def delete_response(response_id: _Id, context: Context) -> DeletedResponse
 
 
 def _owner() -> str | None:
-    """The name of the request's key, None where the server is open."""
+    """The name of the request's key, as the log has it; None where the server is open."""
     name: str | None = current_notes().get("key")
     return name
