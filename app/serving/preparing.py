@@ -83,8 +83,10 @@ class Preparation:
         """Raises ContextLengthExceeded."""
         limit = self.limits.max_model_len
         if limit is not None and num_prompt_tokens + max_tokens > limit:
+            # clients that read messages and no codes know these words, LangChain among them
+            cause = "the prompt is too long: " if num_prompt_tokens >= limit else ""
             raise ContextLengthExceeded(
-                f"at most {limit} tokens are allowed, but {num_prompt_tokens + max_tokens} were requested: "
+                f"{cause}at most {limit} tokens are allowed, but {num_prompt_tokens + max_tokens} were requested: "
                 f"{num_prompt_tokens} of the prompt and {max_tokens} of '{max_tokens_name}'",
                 param="prompt" if num_prompt_tokens >= limit else max_tokens_name,
             )
