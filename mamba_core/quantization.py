@@ -39,15 +39,16 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*, K] -> [*, N] in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         if x.is_cuda:
             # a pass over the weights costs less than one over the outputs of many rows
             from mamba_core.ops.triton.quantized import dequantize
 
-            return F.linear(x, dequantize(self.weight, self.scales, x.dtype), self.bias)
+            return F.linear(x, dequantize(self.weight, self.scales, x.dtype), bias)
         if ops.has_machine_code(x):
             from mamba_core.ops.numba_ops import quantized
 
-            return F.linear(x, quantized.dequantize(self.weight, self.scales, x.dtype), self.bias)
+            return F.linear(x, quantized.dequantize(self.weight, self.scales, x.dtype), bias)
         # what int8 holds is exact in any of the types
         y = F.linear(x, self.weight.to(x.dtype)).float() * self.scales
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
