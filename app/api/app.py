@@ -16,7 +16,7 @@ from app.api.cors import EXPOSED_HEADERS, Cors
 from app.api.errors import HttpError, as_request_error, error_response
 from app.api.middleware import PROBE_PATHS, ApiKeys, CleanErrors, HeadAsGet, LingeringClose, RequestContext, RootPath
 from app.api.openapi import describe, make_schema
-from app.api.routes import chat, completions, docs, models, operations, responses, tokens
+from app.api.routes import anthropic, chat, completions, docs, models, operations, responses, tokens
 from app.api.shortcut import ShortcutApp
 from app.serving.errors import RequestError
 from app.settings import Settings
@@ -30,12 +30,13 @@ ROUTERS = (
     chat.router,
     responses.router,
     responses.stored_router,
+    anthropic.router,
     models.router,
     tokens.router,
     operations.router,
 )
 # requests for tokens, which go past the framework
-SHORT_ROUTERS = (completions.router, chat.router, responses.router)
+SHORT_ROUTERS = (completions.router, chat.router, responses.router, anthropic.router)
 
 _TITLE = "mamba-serve"
 _DESCRIPTION = "Mamba language models behind OpenAI's API. Errors of every route have the same body."

@@ -28,6 +28,8 @@ STATUS_CLIENT_GONE = 499
 
 MAX_ID_CHARACTERS = 128
 
+_ANTHROPIC_PATH = "/v1/messages"
+
 _NOT_IN_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 _MAX_PATH_CHARACTERS = 200
 _SMALL_BODY = 64 * 1024
@@ -141,10 +143,11 @@ class ApiKeys:
         self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"].removeprefix(self._root_path) in self._open_paths:
+        path = scope["path"].removeprefix(self._root_path)
+        if path in self._open_paths:
             await self._app(scope, receive, send)
             return
-        account = self._ring.find(header_values(scope, b"authorization"))
+        account = self._ring.find(_authorizations(scope, path))
         if account is None:
             await _unauthorized()(scope, receive, send)
             return
@@ -205,6 +208,14 @@ def clean_request_id(given: str | None) -> str:
     """The client's id without what does not belong into a header or a log, or a new one."""
     kept = _NOT_IN_ID.sub("", given)[:MAX_ID_CHARACTERS] if given else ""
     return kept or secrets.token_hex(16)
+
+
+def _authorizations(scope: Scope, path: str) -> list[str]:
+    """What the request carries as its key, for which clients of Anthropic's API have a header of their own."""
+    values = header_values(scope, b"authorization")
+    if path == _ANTHROPIC_PATH and not values:
+        return [f"Bearer {key}" for key in header_values(scope, b"x-api-key")]
+    return values
 
 
 def _unauthorized() -> Response:

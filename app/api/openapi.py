@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from app.schemas.anthropic import MessagesRequest
 from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
 from app.schemas.errors import ErrorBody
@@ -25,6 +26,8 @@ BODIES: dict[type[BaseModel], dict[str, Any]] = {
         "max_completion_tokens": 64,
     },
     ResponsesRequest: {"input": "Write a function that adds two numbers.", "max_output_tokens": 64},
+    MessagesRequest: {"messages": [{"role": "user", "content": "Write a function that adds two numbers."}]}
+    | {"max_tokens": 64},
     TokenizeRequest: {"prompt": "def fibonacci(n):", "return_token_strs": True},
     DetokenizeRequest: {"tokens": [1, 2, 3]},
 }
@@ -74,7 +77,7 @@ _EVENTS = {
     "text/event-stream": {
         "schema": {
             "type": "string",
-            "description": "with `stream`: events up to `[DONE]`, or for responses up to the last of theirs",
+            "description": "with `stream`: events up to `[DONE]`, or up to the last of those with types",
         }
     }
 }

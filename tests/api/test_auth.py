@@ -26,6 +26,9 @@ def test_the_list_of_routes_is_complete(app_of: Callable[..., Any]) -> None:
     expected = {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
+        "/v1/messages",
         "/v1/models",
         "/v1/models/{model:path}",
         "/tokenize",

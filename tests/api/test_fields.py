@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from tokenizers import processors
 
 from app.api.openapi import BODIES
+from app.schemas.anthropic import MessagesRequest
 from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
 from app.schemas.responses import ResponsesRequest
@@ -204,6 +205,17 @@ KINDS: dict[type[BaseModel], Kind] = {
             "truncation": Changes("auto"),
             "metadata": Changes({"a": "b"}),
             "user": Changes("a"),
+        },
+    ),
+    MessagesRequest: Kind(
+        "/v1/messages",
+        {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8},
+        {
+            **{name: GENERATION[name] for name in ("model", "stream", "temperature", "top_p", "top_k")},
+            "messages": Changes([{"role": "user", "content": "hullo"}]),
+            "system": Changes("be short"),
+            "max_tokens": Changes(3),
+            "stop_sequences": Changes(["_"]),
         },
     ),
     TokenizeRequest: Kind(
