@@ -42,9 +42,10 @@ format: $(VENV)/.installed-dev ## let ruff rewrite the sources
 	$(RUN)/ruff format $(SOURCES)
 	$(RUN)/ruff check --fix $(SOURCES)
 
-docs: $(VENV)/.installed-dev ## write what is made from the code: settings in README.md, docs/LIMITS.md, tests/api/openapi.json
+docs: $(VENV)/.installed-dev ## write what is made from the code: settings in README.md, docs/, tests/api/openapi.json
 	$(RUN)/python -m scripts.settings_table
 	$(RUN)/python -m scripts.limits_table
+	$(RUN)/python -m scripts.api_table
 	$(RUN)/python -m scripts.openapi
 
 bench-ops bench-decode bench-prefill: bench-%: $(VENV)/.installed-bench ## measure one room: ARGS="--random 130m --device cpu"

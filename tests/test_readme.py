@@ -13,7 +13,13 @@ from app.settings import Settings
 from scripts.settings_table import BEGIN, END, README, render, replace_table
 
 ROOT = Path(__file__).parents[1]
-TEXTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "deploy" / "README.md", ROOT / "docs" / "LIMITS.md"]
+TEXTS = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "deploy" / "README.md",
+    ROOT / "docs" / "LIMITS.md",
+    ROOT / "docs" / "API.md",
+]
 # flags of other programs
 FOREIGN = {
     "--build-arg",
