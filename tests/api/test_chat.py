@@ -356,3 +356,35 @@ async def test_the_official_client_without_asyncio(serve: Serve) -> None:
 
     async with serve() as server:
         assert await asyncio.to_thread(ask, f"http://127.0.0.1:{server.port}/v1") == ["<|im_", "<|im_"]
+
+
+async def test_the_official_client_helps_without_asyncio(serve: Serve, tokenizer: Tokenizer) -> None:
+    messages: Any = HELLO
+
+    def ask(url: str) -> None:
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            completions = client.chat.completions
+            parsed = completions.parse(model=MODEL, messages=messages, response_format=Forecast)
+            assert parsed.choices[0].message.parsed == Forecast(city="Ulm", degrees=9)
+            with completions.stream(model=MODEL, messages=messages, response_format=Forecast) as stream:
+                events = list(stream)
+            assert events[-1].type == "content.done"
+            assert events[-1].parsed == Forecast(city="Ulm", degrees=9)
+            raw = completions.with_raw_response.create(model=MODEL, messages=messages)
+            assert raw.headers["x-request-id"]
+
+    def call(url: str) -> None:
+        tool = openai.pydantic_function_tool(Forecast, name="weather")
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            parsed = client.chat.completions.parse(model=MODEL, messages=messages, tools=[tool])
+            calls = parsed.choices[0].message.tool_calls
+            assert calls is not None
+            assert calls[0].function.parsed_arguments == Forecast(city="Ulm", degrees=9)
+
+    async with serve(template=WITH_TOOLS) as server:
+        url = f"http://127.0.0.1:{server.port}/v1"
+        arguments = '{"city": "Ulm", "degrees": 9}'
+        server.engine.script = say(tokenizer, arguments)
+        await asyncio.to_thread(ask, url)
+        server.engine.script = say(tokenizer, f'<tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call>')
+        await asyncio.to_thread(call, url)

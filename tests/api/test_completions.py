@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import openai
@@ -56,3 +57,30 @@ async def test_the_official_client(serve: Serve) -> None:
         async with openai.AsyncOpenAI(base_url=url, api_key="sk-wrong", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):
                 await client.completions.create(model=MODEL, prompt="hello")
+
+
+@pytest.mark.anyio
+async def test_the_official_client_without_asyncio(serve: Serve) -> None:
+    def ask(url: str) -> None:
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            whole = client.completions.create(
+                model=MODEL, prompt=["hello", "fox"], n=2, max_tokens=3, logprobs=1, extra_body={"top_k": 5}
+            )
+            # sample k begins with token k of the prompt
+            assert [choice.text for choice in whole.choices] == ["hel", "ell", "fox", "oxf"]
+            assert whole.choices[0].logprobs is not None
+            assert whole.choices[0].logprobs.tokens == ["h", "e", "l"]
+            with client.completions.create(
+                model=MODEL, prompt="hello", max_tokens=7, stream=True, stream_options={"include_usage": True}
+            ) as stream:
+                *chunks, last = stream
+            assert "".join(chunk.choices[0].text for chunk in chunks) == "hellohe"
+            assert last.usage is not None
+            assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (5, 7)
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.completions.create(model=MODEL, prompt="hello", temperature=3)
+            assert refused.value.param == "temperature"
+
+    async with serve() as server:
+        await asyncio.to_thread(ask, f"http://127.0.0.1:{server.port}/v1")
+        assert server.engine.requests[0].sampling.top_k == 5
