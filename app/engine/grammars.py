@@ -30,6 +30,15 @@ _NAMES = {
     "grammar": "the grammar",
 }
 
+_ASCII_CLASSES = {
+    "d": "[0-9]",
+    "D": "[^0-9]",
+    "w": "[0-9A-Za-z_]",
+    "W": "[^0-9A-Za-z_]",
+    "s": r"[ \t\n\r\f\v]",
+    "S": r"[^ \t\n\r\f\v]",
+}
+
 _MAX_DETAIL_CHARACTERS = 100
 _MAX_NESTING = 200
 # what GBNF lets a backslash stand before and the library's converter does not know, and \u, which it gets wrong
@@ -51,7 +60,7 @@ def to_lark(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         if (len(source) - len(source.rstrip("\\"))) % 2:
             raise GrammarError("the regular expression ends in a backslash")
-        return LLMatcher.grammar_from_regex(source)
+        return LLMatcher.grammar_from_regex(_with_ascii_classes(source))
     if grammar.kind == "choice":
         return _choice_to_lark(source)
     if grammar.kind == "grammar":
@@ -98,6 +107,11 @@ def error_of(grammar: Grammar, complaint: str) -> GrammarError:
     if len(detail) > _MAX_DETAIL_CHARACTERS:
         detail = detail[: _MAX_DETAIL_CHARACTERS - 3] + "..."
     return GrammarError(f"{_NAMES[grammar.kind]} cannot be used: {detail}")
+
+
+def _with_ascii_classes(regex: str) -> str:
+    """The library takes the digits, letters and spaces of all scripts for \\d, \\w and \\s; JSON schemas do not."""
+    return re.sub(r"\\(.)", lambda escape: _ASCII_CLASSES.get(escape[1], escape[0]), regex, flags=re.DOTALL)
 
 
 def _choice_to_lark(source: str) -> str:
