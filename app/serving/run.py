@@ -131,7 +131,7 @@ class CompletionRun:
         if outlet is not None and self._changed and not outlet.is_blocked:
             chunks = b"".join([self._chunk(choice) for choice in self._changed])
             self._changed.clear()
-            if self._num_unfinished == 0 and self._encoder is not None:
+            if self._num_unfinished == 0 and self._failure is None and self._encoder is not None:
                 chunks += self._encoder.ending(self._usage())
             if chunks:
                 outlet.write(chunks, is_last=self.is_over)

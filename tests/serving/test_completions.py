@@ -423,6 +423,17 @@ def check_offsets(choice: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("failure", "kind"), [("error", ServerFailure), ("abort", Unavailable), ("died", Unavailable)])
+async def test_a_failure_is_not_followed_by_usage(
+    service: CompletionService, engine: FakeEngine, failure: str, kind: type[RequestError]
+) -> None:
+    engine.fail_at, engine.failure = 2, failure
+    writes = Writes()
+    with pytest.raises(kind):
+        await stream(service, writes, prompt="the dog", stream_options={"include_usage": True})
+    assert not any("usage" in chunk for chunk in writes.chunks)
+
+
+@pytest.mark.parametrize(("failure", "kind"), [("error", ServerFailure), ("abort", Unavailable), ("died", Unavailable)])
 async def test_failures_come_after_the_text_before_them(
     service: CompletionService, engine: FakeEngine, failure: str, kind: type[RequestError]
 ) -> None:
