@@ -31,8 +31,11 @@ the outcome **changes** (what the engine is asked, or what is answered), or the 
 the field has **no effect**, as its meaning says.
 
 """  # noqa: E501 (lines of prose are longer here)
-_FIELD_TESTS = """`{file}::test_a_field_does_what_it_says[{model}-FIELD]` proves a row,
-`{file}::test_a_wrong_type_is_refused_by_the_name_of_its_field[{model}]` the types of all.
+_FIELD_TESTS = """Row by row: `test_fields.py::test_a_field_does_what_it_says[{model}-FIELD]`; types:
+`test_fields.py::test_a_wrong_type_is_refused_by_the_name_of_its_field[{model}]`.
+"""
+_INNER_TESTS = """What stands inside lists and choices:
+`test_inner_fields.py::test_inner_fields_do_what_they_say[{model}]`.
 """
 _MOST_VALUE_CHARACTERS = 60
 # of routes that most tests only pass by
@@ -90,29 +93,29 @@ def _body(route: str, operation: Node, schemas: Schemas) -> list[str]:
     name = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
     if not name:
         return []
-    proofs = _proofs(name)
+    outer, inner = _cases(name)
+    proofs = {**outer, **inner}
     rows = (
         (f"`{field.name}`", range_of(field.schema), default_of(field), field.description, _proof(field.name, proofs))
         for field in fields_of(schemas[name], schemas)
     )
-    tests = _FIELD_TESTS.format(file="test_fields.py", model=name)
+    tests = (_FIELD_TESTS + (_INNER_TESTS if inner else "")).format(model=name)
     header = ("field", "type and range", "default", "meaning", "proof")
     return [f"## `{route}`", "", schemas[name]["description"], "", tests, *_table(header, rows), ""]
 
 
-def _proofs(name: str) -> Mapping[str, Any]:
-    """What the contract test holds of each field of a body."""
-    kinds: Mapping[type, Any] = import_module("tests.api.test_fields").KINDS
-    return next((kind.fields for model, kind in kinds.items() if model.__name__ == name), {})
+def _cases(name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What the contract tests hold of each field of a body, and of what stands inside those checked by hand."""
+    fields, inner = (import_module(f"tests.api.{module}") for module in ("test_fields", "test_inner_fields"))
+    outer: Mapping[str, Any] = next((kind.fields for model, kind in fields.KINDS.items() if model.__name__ == name), {})
+    tables = [table[name][1] for table in (inner.INNER, inner.CHOICES) if name in table]
+    return outer, {field: case for table in tables for field, case in table.items()}
 
 
 def _proof(name: str, proofs: Mapping[str, Any]) -> str:
-    case = proofs.get(name)
-    if case is None:
-        outer = [key for key in proofs if name.startswith((f"{key}.", f"{key}["))]
-        if not outer:
-            raise LookupError(f"tests/api/test_fields.py has no entry for {name}")
-        return f"part of `{max(outer, key=len)}`"
+    if name not in proofs:
+        raise LookupError(f"no test of tests/api has an entry for {name}")
+    case = proofs[name]
     verdict = {"Changes": "changes", "Refused": "refused", "NoEffect": "no effect"}[type(case).__name__]
     value = json.dumps(case.value, ensure_ascii=False)
     return f"`{value}`: {verdict}" if len(value) <= _MOST_VALUE_CHARACTERS else verdict

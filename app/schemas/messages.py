@@ -36,7 +36,10 @@ _CALL_SCHEMA = {
             "type": "object",
             "description": "name, and arguments as the text of a JSON object",
             "required": ["name", "arguments"],
-            "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
+            "properties": {
+                "name": {"type": "string", "description": "of the function"},
+                "arguments": {"type": "string", "description": "text of a JSON object"},
+            },
         },
     },
 }

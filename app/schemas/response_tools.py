@@ -26,7 +26,10 @@ RESPONSE_TOOL_CHOICE_SCHEMA = {
         {
             "type": "object",
             "required": ["type", "name"],
-            "properties": {"type": {"const": "function"}, "name": _FUNCTION_SCHEMA["name"]},
+            "properties": {
+                "type": {"const": "function", "description": "the only kind there is"},
+                "name": _FUNCTION_SCHEMA["name"],
+            },
         },
     ]
 }

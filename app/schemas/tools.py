@@ -25,6 +25,7 @@ TOOLS_SCHEMA = {
             "type": {"const": "function", "description": "the only kind there is"},
             "function": {
                 "type": "object",
+                "description": "what may be called",
                 "required": ["name"],
                 "properties": {
                     "name": _NAME_SCHEMA,
@@ -43,8 +44,13 @@ TOOL_CHOICE_SCHEMA = {
             "type": "object",
             "required": ["type", "function"],
             "properties": {
-                "type": {"const": "function"},
-                "function": {"type": "object", "required": ["name"], "properties": {"name": _NAME_SCHEMA}},
+                "type": {"const": "function", "description": "the only kind there is"},
+                "function": {
+                    "type": "object",
+                    "description": "one of `tools`, which is called",
+                    "required": ["name"],
+                    "properties": {"name": _NAME_SCHEMA},
+                },
             },
         },
     ]
