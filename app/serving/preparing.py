@@ -109,6 +109,10 @@ class Preparation:
         if grammar is None and (found := grammar_of(body)) is not None:
             grammar, param = found
         if grammar is not None:
+            if not self._tokenizer.has_file:
+                raise InvalidRequest(
+                    "the model's tokenizer has no tokenizer.json, which structured output needs", param=param
+                )
             self._grammars.check(grammar, param)
         return Demands(bad_word_ids(self._tokenizer, body.bad_words), grammar)
 

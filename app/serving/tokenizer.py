@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 REPLACEMENT = "\ufffd"
+_WHOLE = "tokenizer.json"
 
 
 class TokenizerError(Exception):
@@ -25,17 +26,19 @@ class Tokenizer:
     token_bytes: each token's bytes where decoding is nothing but joining them (byte-level BPE), else None.
     token_texts: beside ``token_bytes``, the text of each token that holds whole characters, else None.
     byte_of: the byte of each token that stands for one, where a vocabulary spells rare characters in bytes.
+    has_file: whether it comes from one file, which the engine can read as well: grammars need it.
 
     Control tokens that stand in a text as text, such as an end-of-text marker, are ordinary characters unless
     ``special_tokens_in_text`` is set: what a client writes can not end a document or open a role. Safe to use from
     several threads.
     """
 
-    def __init__(self, backend: Backend, *, special_tokens_in_text: bool = False) -> None:
+    def __init__(self, backend: Backend, *, special_tokens_in_text: bool = False, has_file: bool = True) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = not special_tokens_in_text
         self._backend = backend
+        self.has_file = has_file
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         self.special_tokens = {index: token for index, token in added.items() if token.special}
@@ -53,7 +56,8 @@ class Tokenizer:
 
         Raises TokenizerError when there is none, or none that can be read.
         """
-        return cls(_load(Path(path)), special_tokens_in_text=special_tokens_in_text)
+        has_file = (Path(path) / _WHOLE).is_file()
+        return cls(_load(Path(path)), special_tokens_in_text=special_tokens_in_text, has_file=has_file)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; ``add_special_tokens`` lets the tokenizer frame it as its model was trained."""
@@ -116,7 +120,7 @@ def _show_bytes(data: bytes) -> str:
 
 
 def _load(path: Path) -> Backend:
-    whole, vocabulary, merges = path / "tokenizer.json", path / "vocab.json", path / "merges.txt"
+    whole, vocabulary, merges = path / _WHOLE, path / "vocab.json", path / "merges.txt"
     try:
         if whole.is_file():
             return Backend.from_file(str(whole))

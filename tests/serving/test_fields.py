@@ -7,6 +7,7 @@ import json
 import tracemalloc
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -189,6 +190,20 @@ def test_a_schema_keeps_the_order_of_its_properties(service: CompletionService) 
 def test_a_form_that_demands_nothing_goes_with_another(service: CompletionService) -> None:
     prepared = prepare(service, response_format={"type": "text"}, structured_outputs={"choice": ["a"], "regex": None})
     assert prepared.prompts[0].request.sampling.grammar is not None
+
+
+def test_a_tokenizer_of_two_files_has_no_grammars(engine: FakeEngine, tmp_path: Path) -> None:
+    backend = train_byte_level()
+    backend.save(str(tmp_path / "whole.json"))
+    backend.model.save(str(tmp_path))
+    service = CompletionService(engine, Tokenizer.from_dir(tmp_path), ["fox"])
+    assert prepare(service).prompts
+    with pytest.raises(InvalidRequest, match="no tokenizer.json") as caught:
+        prepare(service, response_format={"type": "json_object"})
+    assert caught.value.param == "response_format"
+    (tmp_path / "whole.json").rename(tmp_path / "tokenizer.json")
+    service = CompletionService(engine, Tokenizer.from_dir(tmp_path), ["fox"])
+    assert prepare(service, response_format={"type": "json_object"}).prompts
 
 
 def test_a_grammar_is_checked_off_the_event_loop(service: CompletionService) -> None:
