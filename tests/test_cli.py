@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import ByteSize
 
 from app import __version__
 from app.cli import build_parser, main, parse
@@ -21,8 +22,9 @@ def test_help_tells_every_flag_and_its_default(capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.split())
     for name, field in Settings.model_fields.items():
         assert f" {flag_name(name)}" in text
-        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool) and name != "max_body_size":
-            assert f"(default: {field.default})" in text
+        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            default = field.default.human_readable() if isinstance(field.default, ByteSize) else field.default
+            assert f"(default: {default})" in text
     for group in ("Model:", "Engine:", "Server:", "Limits:", "Shutdown:", "Logging:"):
         assert group in text
 
