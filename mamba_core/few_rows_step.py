@@ -11,7 +11,6 @@ from mamba_core import single_step
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import persistent_rows
-from mamba_core.ops.triton.step import Gained, Step, finish
 
 
 def is_applicable(model: MambaModel, num_rows: int) -> bool:
@@ -26,17 +25,4 @@ def is_applicable(model: MambaModel, num_rows: int) -> bool:
 
 def few_rows_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:
     """``fused_step`` for tokens, slots [B], B at most MAX_ROWS."""
-    layers = cast(list[MambaBlock], model.layers)
-    gained, squares = persistent_rows.step(
-        single_step.located(model),
-        tokens,
-        model.embeddings.weight,
-        layers[0].norm.weight,
-        slots,
-        cache.conv,
-        cache.ssm,
-        counters,
-        model.norm_f.eps,
-        layers[0].mixer.inner_norm_eps,
-    )
-    return finish(Step(slots, counters, model.norm_f.eps), Gained(gained, squares, squares.shape[0]))
+    return single_step.run(persistent_rows.step, model, tokens, slots, cache, counters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor
@@ -29,9 +30,21 @@ def is_applicable(model: MambaModel) -> bool:
 
 def single_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:
     """``fused_step`` for tokens, slots [1]."""
+    return run(persistent_step.step, model, tokens, slots, cache, counters)
+
+
+def run(
+    launch: Callable[..., tuple[Tensor, Tensor]],
+    model: MambaModel,
+    tokens: Tensor,
+    slots: Tensor,
+    cache: MambaCache,
+    counters: Tensor,
+) -> Tensor:
+    """``fused_step`` by one launch for all layers, which takes what ``persistent_step.step`` does."""
     layers = cast(list[MambaBlock], model.layers)
-    gained, squares = persistent_step.step(
-        located(model),
+    gained, squares = launch(
+        _located(model),
         tokens,
         model.embeddings.weight,
         layers[0].norm.weight,
@@ -45,7 +58,7 @@ def single_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCa
     return finish(Step(slots, counters, model.norm_f.eps), Gained(gained, squares, squares.shape[0]))
 
 
-def located(model: MambaModel) -> Weights:
+def _located(model: MambaModel) -> Weights:
     """Where the model's weights are now."""
     weights = [_weights_of_layer(model, index) for index in range(len(model.layers))]
     model.located_weights = persistent_step.locate(weights, model.located_weights)
