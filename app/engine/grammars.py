@@ -44,6 +44,8 @@ _MAX_NESTING = 200
 # what GBNF lets a backslash stand before and the library's converter does not know, and \u, which it gets wrong
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 _KNOWN_ESCAPES = '"\\[]nrtx'
+# a first rule of Lark's, which the form of ``start ::=`` is not
+_LARK = re.compile(r"^\s*(?:%llguidance\b|[?!]?start(?:\.-?\d+)?\s*:(?!:=))", re.MULTILINE)
 _CONTINUED_RULE = re.compile(r"(?:[ \t]*(?:#[^\r\n]*)?\r?\n)+[ \t]*\|")
 
 
@@ -104,6 +106,8 @@ def error_of(grammar: Grammar, complaint: str) -> GrammarError:
     detail = " ".join((told or lines)[0].split())
     if detail.startswith("NoExtension"):
         detail = "no text matches it"
+    elif "ff_tokens" in detail:
+        detail = "the text that it demands has no end, or is too long"
     if len(detail) > _MAX_DETAIL_CHARACTERS:
         detail = detail[: _MAX_DETAIL_CHARACTERS - 3] + "..."
     return GrammarError(f"{_NAMES[grammar.kind]} cannot be used: {detail}")
@@ -135,11 +139,9 @@ def _quote(text: str) -> str:
 
 
 def _rules_to_lark(source: str) -> str:
-    from llguidance.gbnf_to_lark import is_lark_syntax
-
     from app.engine import gbnf
 
-    if is_lark_syntax(source):
+    if _LARK.search(source):
         return source
     if _depth(source) > _MAX_NESTING:
         raise GrammarError("the grammar is nested too deeply")

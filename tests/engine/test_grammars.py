@@ -57,6 +57,8 @@ LARK = 'start: "a" NUMBER+\nNUMBER: /[0-9]/ ";"'
         (Grammar("regex", r"\d[\w.]\S\\d"), ["1_!\\d", "9.x\\d"], ["\u0661_!\\d", "1\u00e9!\\d", "1_ \\d", "1_!1"]),
         (Grammar("regex", r"[^\d\s]\D\W"), ["ab!", "\u00e9\u00e9\u00e9"], ["1b!", " b!", "a1!", "abc"]),
         (Grammar("choice", '["yes", "no", "yes, but"]'), ["yes", "no", "yes, but"], ["ye", "yesno", "yes,"]),
+        (Grammar("grammar", '?start: x\n?x: "a" -> one | "b" x'), ["a", "bba"], ["b", "ab"]),
+        (Grammar("grammar", 'root ::= start "b"\nstart ::= "a"'), ["ab"], ["a"]),
         (Grammar("grammar", 'root ::= "a"\n   | "b" # or so\n\n  | x{2}\nx ::= "c"'), ["a", "b", "cc"], ["c", "ab"]),
         (Grammar("grammar", 'root ::= "\\u00e9" [\\u4e00-\\u9fff] [^\\]\\-a]'), ["\u00e9\u6f22z"], ["\u00e9\u6f22-"]),
         (Grammar("grammar", LARK), ["a1;", "a1;2;"], ["a", "a1"]),
