@@ -62,7 +62,8 @@ class FakeEngine:
     The tokens of a batch come without a turn of the event loop between them, as those of reports that waited do.
 
     requests: all that were submitted. live: ids of those that hold rows. aborted: (request id, sample) ended early.
-    fail_at: after so many batches of a request ``failure`` happens: "error" (an event), "abort" or "died".
+    fail_at: after so many batches of a request ``failure`` happens: "error", "invalid", "abort" (events)
+    or "died".
     """
 
     info: ModelInfo
@@ -154,15 +155,15 @@ class FakeStream:
         if self._engine.failure == "died":
             self.lose()
             return
-        is_abort = self._engine.failure == "abort"
+        reason = FinishReason(self._engine.failure)
         sample = min(self._tokens)
         self._tokens.clear()
         event = TokenEvent(
             self.request.request_id,
             sample,
             None,
-            finish_reason=FinishReason.ABORT if is_abort else FinishReason.ERROR,
-            error=None if is_abort else "the logits were not finite",
+            finish_reason=reason,
+            error=None if reason is FinishReason.ABORT else "the logits were not finite",
         )
         self._sinks[sample].on_event(event)
 

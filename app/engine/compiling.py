@@ -120,7 +120,7 @@ class CompileQueue:
             try:
                 ready.append(Compiled(waiting.request, waiting.matcher.result(), frozenset(waiting.aborted)))
             except GrammarError as error:
-                events += waiting.ends(FinishReason.ERROR, str(error))
+                events += waiting.ends(FinishReason.INVALID, str(error))
             except Exception as error:
                 logger.exception("a grammar could not be compiled")
                 events += waiting.ends(FinishReason.ERROR, f"the grammar cannot be used ({type(error).__name__})")

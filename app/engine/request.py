@@ -68,9 +68,12 @@ class GenerationRequest:
 
 
 class FinishReason(StrEnum):
+    """Why there is nothing more. INVALID: what the request demands cannot be had, which is the client's to change."""
+
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    INVALID = "invalid"
     ERROR = "error"
 
 
@@ -86,8 +89,9 @@ class TokenLogprobs:
 class TokenEvent(NamedTuple):
     """One more token of sample ``sample``, or its end, or both.
 
-    ``token_id`` is None only when a sequence ends without a token: ``max_tokens`` 0, abort or error. A stop token is
-    delivered like any other, with ``stop_reason`` set to its id. ``error`` says what went wrong, without paths.
+    ``token_id`` is None only when a sequence ends without a token: ``max_tokens`` 0, abort, invalid or error. A stop
+    token is delivered like any other, with ``stop_reason`` set to its id. ``error`` says what went wrong, without
+    paths.
     """
 
     request_id: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from app.engine.interface import EngineDied, EngineError, EngineUnavailable
 from app.engine.request import FinishReason, TokenEvent
-from app.serving.errors import RequestError, ServerFailure, Unavailable
+from app.serving.errors import InvalidRequest, RequestError, ServerFailure, Unavailable
 
 
 def request_error(error: EngineError) -> RequestError:
@@ -18,6 +18,8 @@ def request_error(error: EngineError) -> RequestError:
 
 def token_failure(event: TokenEvent) -> RequestError | None:
     """Why a sample ended without an end of its own, if it did."""
+    if event.finish_reason is FinishReason.INVALID:
+        return InvalidRequest(event.error or "what the request demands of its output cannot be had")
     if event.error is not None or event.finish_reason is FinishReason.ERROR:
         return ServerFailure(event.error or "the model failed on this request")
     if event.finish_reason is FinishReason.ABORT:

@@ -96,6 +96,9 @@ def make_tokenizer() -> LLTokenizer:
 def _follow(grammar: Grammar, matcher: LLMatcher, clock: Callable[[], float]) -> None:
     """Take one of the tokens allowed, again and again. Raises GrammarError where that is slow or leads nowhere."""
     for number in range(NUM_TRIED_TOKENS):
+        # what has failed counts as stopped, too
+        if matcher.is_error():
+            raise error_of(grammar, matcher.get_error())
         if matcher.is_stopped():
             return
         begun = clock()

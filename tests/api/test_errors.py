@@ -256,7 +256,11 @@ async def test_a_fault_of_ours_is_500_and_the_next_request_works(serve: Serve, e
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("failure", "status", "kind"),
-    [("error", 500, "server_error"), ("died", 503, "service_unavailable_error")],
+    [
+        ("error", 500, "server_error"),
+        ("invalid", 400, "invalid_request_error"),
+        ("died", 503, "service_unavailable_error"),
+    ],
 )
 async def test_the_engine_fails_before_the_first_token(
     serve: Serve, engine: FakeEngine, failure: str, status: int, kind: str
@@ -273,7 +277,13 @@ async def test_the_engine_fails_before_the_first_token(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("failure", "kind"), [("error", "server_error"), ("died", "service_unavailable_error"), ("abort", None)]
+    ("failure", "kind"),
+    [
+        ("error", "server_error"),
+        ("invalid", "invalid_request_error"),
+        ("died", "service_unavailable_error"),
+        ("abort", None),
+    ],
 )
 async def test_the_engine_fails_in_a_stream(serve: Serve, engine: FakeEngine, failure: str, kind: str | None) -> None:
     engine.fail_at, engine.failure = 3, failure

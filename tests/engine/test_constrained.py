@@ -307,7 +307,7 @@ def test_a_grammar_that_cannot_be_compiled_fails_its_request_alone(
     endless = make_request("endless", PROMPT, 9, grammar=Grammar("grammar", "root ::= root"))
     transcript = run(engine, bad, odd, endless, make_request("p", PROMPT, 9))
     assert transcript.tokens == {("p", 0): greedy(PROMPT, 9)}
-    assert transcript.reason("bad", 0) is transcript.reason("bad", 1) is FinishReason.ERROR
+    assert transcript.reason("bad", 0) is transcript.reason("bad", 1) is FinishReason.INVALID
     assert "look-around" in (transcript.ends["bad", 1].error or "")
     assert transcript.ends["odd", 0].error == "the grammar cannot be used (RuntimeError)"
     assert "the grammar cannot be used" in (transcript.ends["endless", 0].error or "")

@@ -132,5 +132,17 @@ def test_a_grammar_without_any_text_is_refused() -> None:
     assert complaint == "the grammar cannot be used: no text matches it"
 
 
+@pytest.mark.parametrize("source", ['root ::= "a" root', 'root ::= "b" | "b" [0-9] rest\nrest ::= "ab" rest'])
+def test_a_grammar_that_demands_a_text_without_end_is_refused(source: str) -> None:
+    complaint = grammar_worker.try_out(Grammar("grammar", source), grammar_worker.make_tokenizer())
+    assert complaint == "the grammar cannot be used: the text that it demands has no end, or is too long"
+
+
+def test_a_long_text_that_is_demanded_is_let_through() -> None:
+    tokenizer = grammar_worker.make_tokenizer()
+    assert grammar_worker.try_out(Grammar("choice", json.dumps(["ab c" * 15_000])), tokenizer) is None
+    assert grammar_worker.try_out(Grammar("grammar", 'root ::= "a"{30000} "b"'), tokenizer) is None
+
+
 def test_too_complex_is_one_line() -> None:
     assert "\n" not in TOO_COMPLEX
