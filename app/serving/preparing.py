@@ -101,11 +101,11 @@ class Preparation:
         return f"{request_id}-{next(self._numbers)}"
 
     def demands(self, body: GenerationFields, grammar: Grammar | None = None) -> Demands:
-        """What holds for the outputs of all prompts of a request; ``grammar`` is one that the body does not name.
+        """What holds for the outputs of all prompts of a request; ``grammar`` is one that its tools make.
 
         Blocks for up to half a second where there is a grammar. Raises InvalidRequest.
         """
-        param = None
+        param = "tools"
         if grammar is None and (found := grammar_of(body)) is not None:
             grammar, param = found
         if grammar is not None:
@@ -133,7 +133,7 @@ class Preparation:
         """What the engine is asked for one prompt. Raises InvalidRequest.
 
         prompt_logprobs: beside those that the body asks for. n: samples, where they are not those of the body.
-        grammar: one that the body does not name. demands: what ``demands`` has given for this body, if it was asked.
+        grammar: one that its tools make. demands: what ``demands`` has given for this body, if it was asked.
         """
         if body.min_tokens > max_tokens:
             raise InvalidRequest(

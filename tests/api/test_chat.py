@@ -217,6 +217,10 @@ async def test_a_forced_call_is_held_to_its_form(serve: Serve, tokenizer: Tokeni
             assert json.loads(grammar.source)["properties"]["name"] == {"const": "weather"}
         refused = await chat(server, tools=[WEATHER], tool_choice=named, response_format={"type": "json_object"})
         assert refused.json()["error"]["param"] == "tool_choice"
+        odd = {"type": "function", "function": {"name": "odd", "parameters": {"type": "strin"}}}
+        refused = await chat(server, tools=[odd], tool_choice="required")
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "tools"
 
 
 async def test_definitions_of_arguments_stand_where_references_look(serve: Serve, tokenizer: Tokenizer) -> None:
