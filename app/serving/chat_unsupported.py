@@ -32,5 +32,4 @@ CHAT_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": _NONE,
     "mm_processor_kwargs": _EMPTY,
     "media_io_kwargs": _EMPTY,
-    "top_a": (0, 0.0),
 }

@@ -39,6 +39,27 @@ COMPLETION_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "stop_regex": _EMPTY,
     "typical_p": (1, 1.0),
     "mirostat": (0,),
+    "top_a": (0, 0.0),
+    "top_n_sigma": (-1, -1.0),
+    "dynatemp_range": (0, 0.0),
+    "xtc_probability": (0, 0.0),
+    "dry_multiplier": (0, 0.0),
+    # 'repetition_penalty' and 'max_tokens' under the names of llama.cpp and others
+    "repeat_penalty": (1, 1.0),
+    "n_predict": _NONE,
+    "max_new_tokens": _NONE,
+    "n_probs": (0,),
+    # of chat completions
+    "max_completion_tokens": _NONE,
+    "top_logprobs": (0,),
+    "image_data": _EMPTY,
+    "structural_tag": _NONE,
+    "guided_whitespace_pattern": _NONE,
+    "truncation_side": ("left",),
+    "repetition_detection": _NONE,
+    "thinking_token_budget": _NONE,
+    "custom_logit_processor": _NONE,
+    "vllm_xargs": _EMPTY,
 }
 
 
