@@ -55,7 +55,9 @@ def parse(arguments: Sequence[str]) -> Settings:
         raise SettingsError("the model is given twice: as MODEL and as --model")
     if model is not None:
         given["model"] = model
-    return load(given)
+    settings = load(given)
+    _check_template(settings.chat_template)
+    return settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,6 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(settings, early=early)
     finally:
         early.discard()
+
+
+def _check_template(name: str | None) -> None:
+    """Raises SettingsError for a file that holds no template that can be used."""
+    if name is None:
+        return
+    from app.serving.chat_template import BUILT_IN, TemplateError, load_template
+
+    try:
+        if name not in BUILT_IN:
+            load_template(name)
+    except TemplateError as error:
+        raise SettingsError(f"--chat-template: {error}") from None
 
 
 def _help(field: FieldInfo) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ByteSize
@@ -97,3 +99,18 @@ def test_the_engine_is_told_what_was_set() -> None:
 
 def test_no_flag_can_be_shortened() -> None:
     assert build_parser().allow_abbrev is False
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{% for x in %}", "not valid: .*line 1"), (" \n", "holds no chat template")]
+)
+def test_a_template_that_cannot_be_used_is_a_wrong_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text(content)
+    assert main(["a/b", "--chat-template", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"--chat-template: .*{message}", line)
+    path.write_text("{{ messages }}")
+    assert parse(["a/b", "--chat-template", str(path)]).chat_template == str(path)

@@ -116,7 +116,10 @@ def _of_directory(directory: Path) -> dict[str, str] | None:
 
 def _of_file(path: Path) -> dict[str, str]:
     if path.suffix != ".json":
-        return {_DEFAULT: _read(path)}
+        text = _read(path)
+        if not text.strip():
+            raise TemplateError(f"{path} holds no chat template")
+        return {_DEFAULT: text}
     value = _read_object(path).get("chat_template")
     if isinstance(value, str) and value:
         return {_DEFAULT: value}
