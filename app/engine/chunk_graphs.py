@@ -7,13 +7,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Shapes
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from app.engine.capture import Captured, Capturer
-from app.engine.decoder import Model
+from app.engine.chunks import PackedChunks
+from app.engine.decoder import Model, ends_of
 from app.engine.host import to_device
 from mamba_core.cache import MambaCache
 from mamba_core.ops import Packing
@@ -74,29 +74,29 @@ class ChunkGraphs:
         # token ids, the slots of chunks, and where the chunks begin and end
         self._inputs: dict[Shape, Tensor] = {}
         # the cheapest first
-        self._graphs: dict[Shape, Captured[None]] = {}
+        self._graphs: dict[Shape, Captured[Tensor]] = {}
 
     @property
     def can_run(self) -> bool:
         """Whether there are, or may still be, chunks that it takes."""
         return bool(self._graphs) or self._capturer.can_capture
 
-    def run(self, tokens: array[int], slots: array[int], bounds: array[int]) -> bool:
-        """Take chunks through the model; False, and nothing done, if no graph that is made has room for them.
-
-        tokens: those of all chunks, end to end. slots: what each continues. bounds: where each begins, and the end.
+    def run(self, chunks: PackedChunks) -> Tensor | None:
+        """Take chunks through the model; the hidden states of the last token of each, [B, H] or more, until the next
+        run. None, and nothing done, if no graph that is made has room for them.
         """
-        longest = max(end - begin for begin, end in pairwise(bounds))
-        size = (len(tokens), longest, len(slots))
+        tokens, slots, bounds = chunks.tokens, chunks.slots, chunks.bounds
+        size = (len(tokens), chunks.longest, len(slots))
         shape = next((shape for shape in self._graphs if shape.holds(*size)), None)
         if shape is None:
-            return False
+            return None
         num_empty = shape.num_chunks - len(slots)
         padded = tokens + _zeros(shape.num_tokens - len(tokens)) + slots + _zeros(num_empty) + bounds
         padded += bounds[-1:] * num_empty
         self._inputs[shape].copy_(to_device(padded, torch.int64, self._cache.device))
-        self._graphs[shape].graph.replay()
-        return True
+        captured = self._graphs[shape]
+        captured.graph.replay()
+        return captured.output
 
     def prepare_more(self) -> bool:
         """Capture one of the graphs that are missing; whether any was."""
@@ -116,10 +116,10 @@ class ChunkGraphs:
             captured.graph.replay()
         return True
 
-    def _forward(self, inputs: Tensor, shape: Shape) -> None:
+    def _forward(self, inputs: Tensor, shape: Shape) -> Tensor:
         tokens, slots, bounds = inputs.tensor_split((shape.num_tokens, shape.num_tokens + shape.num_chunks))
         packing = Packing(slots, bounds.to(torch.int32), shape.num_tokens, shape.longest)
-        self._model.forward_packed(tokens, packing, self._cache)
+        return self._model.forward_packed(tokens, packing, self._cache, ends_of(bounds))
 
 
 def _zero_inputs(shape: Shape, device: torch.device) -> Tensor:

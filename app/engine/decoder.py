@@ -25,11 +25,21 @@ BROKEN = -1
 class Model(Protocol):
     """What the engine asks of a model; ``MambaForCausalLM`` is one."""
 
-    def forward_packed(self, input_ids: Tensor, packing: Packing, cache: MambaCache) -> Tensor:
-        """input_ids [T] int64 -> hidden [T, H], continuing from the packing's slots of the cache and updating them."""
+    def forward_packed(
+        self, input_ids: Tensor, packing: Packing, cache: MambaCache, wanted: Tensor | None = None
+    ) -> Tensor:
+        """input_ids [T] int64 -> hidden [T, H], continuing from the packing's slots of the cache and updating them.
+
+        Or of the tokens at ``wanted`` [W] int64 alone, [W, H].
+        """
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [T, H] -> logits [T, V] float32, which the caller may change."""
+
+
+def ends_of(bounds: Tensor) -> Tensor:
+    """Where the last token of each chunk is, [B], given where chunks begin and end, [B + 1] int64; 0 of no tokens."""
+    return (bounds[1:] - 1).clamp_(min=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +71,10 @@ class PendingRows:
 class Decoder(Protocol):
     """Draws the next token of rows whose states, and last tokens, are on the device."""
 
-    def launch(self, rows: tuple[Sequence, ...]) -> PendingRows:
+    def launch(self, rows: tuple[Sequence, ...], hidden: Tensor | None = None) -> PendingRows:
         """Start a step of at least one row. What it returns can be read once the device has done the step.
+
+        hidden: [B, H] behind the last tokens of the rows, all of them new, if the model has taken these already.
 
         Rows may come and go from call to call. What the host knows of a row, its last token above all, is looked at
         when it comes, and not again until ``forget``.
@@ -117,9 +129,10 @@ class EagerDecoder:
         self._positions = torch.zeros_like(self._last_token)
         self._batch: _Batch | None = None
 
-    def launch(self, rows: tuple[Sequence, ...]) -> PendingRows:
+    def launch(self, rows: tuple[Sequence, ...], hidden: Tensor | None = None) -> PendingRows:
         batch = self._batch_of(rows)
-        hidden = self._model.forward_packed(self._last_token[batch.slots], batch.packing, self._cache)  # [B, H]
+        if hidden is None:
+            hidden = self._model.forward_packed(self._last_token[batch.slots], batch.packing, self._cache)  # [B, H]
         logits = self._model.compute_logits(hidden)
         mask, ends = self._masker.make()
         draw = self._sampler.draw(logits, batch.sampling, mask)

@@ -146,6 +146,11 @@ def buckets(max_rows: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_rows), max_rows)
 
 
+def rows_like_first(num_rows: int, max_rows: int) -> int:
+    """So many rows or some more, up to ``max_rows``, for which all kernels are made at the start."""
+    return min(next((bucket for bucket in FIRST_BUCKETS if num_rows <= bucket), num_rows), max_rows)
+
+
 def _smallest_buckets(sizes: tuple[int, ...]) -> list[int]:
     """The bucket of each number of rows, from 0 on."""
     smallest = [sizes[0]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from app.engine.decoder import Decoder, EagerDecoder, Model, PendingRows
+from app.engine.chunks import PackedChunks, chunks_of_rows, pack
+from app.engine.decoder import Decoder, EagerDecoder, Model, PendingRows, ends_of
 from app.engine.host import Mark, mark, to_device, to_host
 from app.engine.logprobs import to_records, token_logprobs
 from app.engine.request import TokenLogprobs
@@ -50,6 +51,17 @@ class PendingStep:
     marks: tuple[Mark, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Prefilled:
+    """Log-probabilities of prompts by chunk; ``hidden`` [B, H] behind the last tokens of all rows of the step, if these
+    went along with the chunks; whether how long it takes tells of steps to come.
+    """
+
+    prompts: dict[int, PendingPrompt] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    is_typical: bool = True
+
+
 class QuickPrefill(Protocol):
     """A quicker way for some chunks; see ``chunk_graphs.ChunkGraphs``."""
 
@@ -57,10 +69,9 @@ class QuickPrefill(Protocol):
     def can_run(self) -> bool:
         """Whether there are, or may still be, chunks that it takes."""
 
-    def run(self, tokens: array[int], slots: array[int], bounds: array[int]) -> bool:
-        """Take chunks through the model; False, and nothing done, if they are not among those that it takes.
-
-        tokens: those of all chunks, end to end. slots: what each continues. bounds: where each begins, and the end.
+    def run(self, chunks: PackedChunks) -> Tensor | None:
+        """Take chunks through the model; the hidden states of the last token of each, [B, H] or more, until the next
+        run. None, and nothing done, if they are not among those that it takes.
         """
 
     def prepare_more(self) -> bool:
@@ -104,19 +115,16 @@ class Runner:
         marks = [mark(self._device)] if plan.chunks else []
         if plan.fresh:
             self._cache.zero(to_device(array("q", plan.fresh), torch.int64, self._device))
-        prompts: dict[int, PendingPrompt] = {}
-        if plan.chunks and not self._prefill_quickly(plan.chunks):
-            prompts = self._prefill(plan.chunks)
-            if self._quick_prefill is not None and self._quick_prefill.can_run:
-                # how long this took says nothing about steps to come
-                marks.clear()
+        prefilled = self._prefill(plan.chunks, chunks_of_rows(plan)) if plan.chunks else _Prefilled()
+        if not prefilled.is_typical:
+            marks.clear()
         if plan.forks:
             numbers = array("q", (slot for fork in plan.forks for slot in fork))
             self._cache.copy(*to_device(numbers, torch.int64, self._device).view(-1, 2).unbind(1))
         if marks:
             marks.append(mark(self._device))
-        rows = self._decoder.launch(plan.rows) if plan.rows else None
-        return PendingStep(prompts, rows, (*marks, mark(self._device)))
+        rows = self._decoder.launch(plan.rows, prefilled.hidden) if plan.rows else None
+        return PendingStep(prefilled.prompts, rows, (*marks, mark(self._device)))
 
     def collect(self, pending: PendingStep) -> StepResult:
         """Wait for a step and read what it drew. If it raises, all states are suspect as well."""
@@ -144,20 +152,41 @@ class Runner:
         # a decoder has what it needs most since its start
         return (self._quick_prefill is not None and self._quick_prefill.prepare_more()) or self._decoder.prepare_more()
 
-    def _prefill_quickly(self, chunks: tuple[Chunk, ...]) -> bool:
-        if self._quick_prefill is None or any(chunk.wants_logprobs for chunk in chunks):
-            return False
-        return self._quick_prefill.run(*_pack(chunks))
+    def _prefill(self, chunks: tuple[Chunk, ...], rows: list[int]) -> _Prefilled:
+        """Take chunks through the model, and with them the last tokens of ``rows``, given as by ``chunks_of_rows``."""
+        is_typical = self._quick_prefill is None or not self._quick_prefill.can_run
+        if any(chunk.wants_logprobs for chunk in chunks):
+            return _Prefilled(self._prefill_with_logprobs(chunks), is_typical=is_typical)
+        packed = pack(chunks, rows)
+        hidden = self._prefill_quickly(packed)
+        if hidden is not None:
+            is_typical = True
+        elif rows and self._prefill_quickly(pack(chunks)) is not None:
+            # there is room for all but those last tokens
+            return _Prefilled()
+        else:
+            hidden = self._forward(packed, ends_alone=True)
+        if not rows:
+            return _Prefilled(is_typical=is_typical)
+        order = to_device(array("q", rows), torch.int64, self._device)
+        return _Prefilled(hidden=hidden.index_select(0, order), is_typical=False)
 
-    def _prefill(self, chunks: tuple[Chunk, ...]) -> dict[int, PendingPrompt]:
-        tokens, slots, bounds = _pack(chunks)
-        longest = max(chunk.end - chunk.start for chunk in chunks)
-        packed = to_device(tokens + slots + bounds, torch.int64, self._device)
-        ids, slot_ids, cu_seqlens = packed.tensor_split((len(tokens), len(tokens) + len(slots)))
-        packing = Packing(slot_ids, cu_seqlens.to(torch.int32), len(tokens), longest)
-        hidden = self._model.forward_packed(ids, packing, self._cache)  # [T, H]
+    def _prefill_quickly(self, chunks: PackedChunks) -> Tensor | None:
+        return None if self._quick_prefill is None else self._quick_prefill.run(chunks)
+
+    def _prefill_with_logprobs(self, chunks: tuple[Chunk, ...]) -> dict[int, PendingPrompt]:
+        packed = pack(chunks)
+        hidden = self._forward(packed, ends_alone=False)
         wanted = [index for index, chunk in enumerate(chunks) if chunk.wants_logprobs]
-        return {index: self._prompt_logprobs(hidden, chunks[index], bounds[index]) for index in wanted}
+        return {index: self._prompt_logprobs(hidden, chunks[index], packed.bounds[index]) for index in wanted}
+
+    def _forward(self, chunks: PackedChunks, *, ends_alone: bool) -> Tensor:
+        """Hidden states of all tokens [T, H], or of the last token of each chunk [B, H]."""
+        tokens, slots = chunks.tokens, chunks.slots
+        packed = to_device(tokens + slots + chunks.bounds, torch.int64, self._device)
+        ids, slot_ids, bounds = packed.tensor_split((len(tokens), len(tokens) + len(slots)))
+        packing = Packing(slot_ids, bounds.to(torch.int32), len(tokens), chunks.longest)
+        return self._model.forward_packed(ids, packing, self._cache, ends_of(bounds) if ends_alone else None)
 
     def _prompt_logprobs(self, hidden: Tensor, chunk: Chunk, offset: int) -> PendingPrompt:
         """Log-probabilities of the tokens that follow those of a chunk, whose hidden states begin at ``offset``."""
@@ -171,12 +200,3 @@ class Runner:
             logits = self._model.compute_logits(hidden[first : first + end - start])  # [slice, V]
             slices.append(to_host(token_logprobs(logits, targets, num_top)))
         return PendingPrompt(slices, num_top)
-
-
-def _pack(chunks: tuple[Chunk, ...]) -> tuple[array[int], array[int], array[int]]:
-    """The tokens of all chunks, end to end; the slot of each; where each begins, and the end."""
-    tokens, bounds = array("q"), array("q", [0])
-    for chunk in chunks:
-        tokens += chunk.prefill.tokens[chunk.start : chunk.end]
-        bounds.append(len(tokens))
-    return tokens, array("q", (chunk.prefill.slot for chunk in chunks)), bounds

@@ -14,7 +14,7 @@ from torch import Tensor
 from app.engine.adjustments import AdjustedRows, Adjuster, is_adjusted
 from app.engine.decoder import BROKEN, Model, PendingRows, Seats
 from app.engine.distribution import stream_key
-from app.engine.graphs import StepBody, StepOutput
+from app.engine.graphs import StepBody, StepOutput, rows_like_first
 from app.engine.host import to_device, to_host
 from app.engine.logprobs import LogprobRows, logprob_rows, token_logprobs
 from app.engine.masks import Mask, Masker
@@ -93,10 +93,10 @@ class SlotDecoder:
         self._logprobs: LogprobRows | None = None
         self._steps = make_steps(self._step, self._slots)
 
-    def launch(self, rows: tuple[Sequence, ...]) -> PendingRows:
+    def launch(self, rows: tuple[Sequence, ...], hidden: Tensor | None = None) -> PendingRows:
         if rows is not self._rows or self._masker.is_stale:
             self._seat(rows)
-        output = self._steps.run(len(rows))
+        output = self._steps.run(len(rows)) if hidden is None else self._start(hidden)
         ends: dict[int, RowEnd] = {}
         if self._redraw is not None:
             mask, ends = self._masker.make()
@@ -125,6 +125,16 @@ class SlotDecoder:
     def _step(self, packing: Packing) -> StepOutput:
         slots = packing.slots
         hidden = self._model.forward_packed(self._last_token.index_select(0, slots), packing, self._cache)  # [B, H]
+        return self._draw_from(hidden, slots)
+
+    def _start(self, hidden: Tensor) -> StepOutput:
+        """Of rows whose last tokens the model has taken, with as many rows of no sequence as a kernel is made for."""
+        num_rows = rows_like_first(len(hidden), len(self._slots))
+        padded = hidden.new_zeros(num_rows, hidden.shape[1])
+        padded[: len(hidden)] = hidden
+        return self._draw_from(padded, self._slots[:num_rows])
+
+    def _draw_from(self, hidden: Tensor, slots: Tensor) -> StepOutput:
         logits = self._model.compute_logits(hidden)  # [B, V]
         tokens, is_finite = self._draw(logits, slots, self._tables)
         self._last_token.index_copy_(0, slots, tokens)

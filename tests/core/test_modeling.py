@@ -188,6 +188,22 @@ def test_packed_equals_alone_and_leaves_other_slots_alone(family: str, tiny_mode
         assert torch.equal(cache.export(slot).ssm, before.ssm)
 
 
+def test_wanted_tokens_alone_come_out_and_all_advance_the_states(tiny_model: Make, tokens: Tokens) -> None:
+    model = tiny_model()
+    whole, some = new_cache(model, 3), new_cache(model, 3)
+    packing = Packing.from_lengths([5, 0, 8], torch.tensor([2, 0, 1]))
+    row, wanted = tokens(1, 13)[0], torch.tensor([4, 0, 12, 12])
+    hidden = model.forward_packed(row, packing, whole)
+    assert error(model.forward_packed(row, packing, some, wanted), hidden[wanted]) <= 1e-5
+    assert torch.equal(some.ssm, whole.ssm)
+    assert torch.equal(some.conv, whole.conv)
+    # and of a step
+    packing, column = Packing.step(torch.tensor([2, 1])), row[:2]
+    hidden = model.forward_packed(column, packing, whole)
+    assert error(model.forward_packed(column, packing, some, torch.tensor([1])), hidden[1:]) <= 1e-5
+    assert error(some.ssm, whole.ssm) <= 1e-5
+
+
 def test_packed_without_a_cache_starts_every_row_from_zero(tiny_model: Make, tokens: Tokens) -> None:
     model = tiny_model()
     rows = [tokens(1, 5)[0], tokens(1, 8, 2)[0]]

@@ -56,7 +56,9 @@ def greedy(prompt: Iterable[int], count: int) -> list[int]:
 class HistoryModel:
     """Keeps in ``ssm`` a number that depends on all tokens of the slot; hidden [T, 1] is that number."""
 
-    def forward_packed(self, input_ids: Tensor, packing: Packing, cache: MambaCache) -> Tensor:
+    def forward_packed(
+        self, input_ids: Tensor, packing: Packing, cache: MambaCache, wanted: Tensor | None = None
+    ) -> Tensor:
         bounds = packing.cu_seqlens.tolist()
         hidden = torch.empty(packing.num_tokens, 1)
         for row, slot in enumerate(packing.slots.tolist()):
@@ -66,7 +68,7 @@ class HistoryModel:
                 state = state if state != state else advance(int(state), token)
                 hidden[index] = state
             cache.ssm[0, slot, 0, 0] = state
-        return hidden
+        return hidden if wanted is None else hidden[wanted]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         rows = [logits_of(int(x)) if x == x else torch.full((VOCAB_SIZE,), torch.nan) for x in hidden[:, 0].tolist()]

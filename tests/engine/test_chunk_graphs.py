@@ -12,6 +12,7 @@ import torch
 from app.engine import chunk_graphs
 from app.engine.capture import Capturer
 from app.engine.chunk_graphs import LARGEST_PADDED, ChunkGraphs, Shape, default_shapes
+from app.engine.chunks import PackedChunks
 from app.engine.share import LEAST_SHARE
 from mamba_core import MambaCache, MambaConfig, MambaForCausalLM
 from mamba_core.ops import Packing
@@ -22,13 +23,14 @@ def chunk_of(length: int, seed: int = 1) -> list[int]:
     return [(7 * i + seed) % 53 for i in range(length)]
 
 
-def run_chunks(graphs: ChunkGraphs, chunks: dict[int, list[int]]) -> bool:
-    """Take chunks by their slots through graphs."""
+def run_chunks(graphs: ChunkGraphs, chunks: dict[int, list[int]]) -> torch.Tensor | None:
+    """Take chunks by their slots through graphs; hidden states of their last tokens, None if they are not taken."""
     tokens, bounds = array("q"), array("q", [0])
     for chunk in chunks.values():
         tokens.extend(chunk)
         bounds.append(len(tokens))
-    return graphs.run(tokens, array("q", chunks), bounds)
+    hidden = graphs.run(PackedChunks(tokens, array("q", chunks), bounds))
+    return None if hidden is None else hidden[: len(chunks)]
 
 
 def make_chunk_graphs(
@@ -50,18 +52,20 @@ def test_chunks_go_on_from_their_slots_and_padding_touches_nobody(lengths: list[
     slots = [4, 2, 5, 1][: len(lengths)]
     cache.zero(slots)
     chunks = {slot: chunk_of(length, slot) for slot, length in zip(slots, lengths, strict=True)}
-    assert run_chunks(graphs, chunks)
-    assert run_chunks(graphs, chunks)
-    for slot, tokens in chunks.items():
-        assert cache.ssm[0, slot].item() == state_after(tokens + tokens)
+    assert run_chunks(graphs, chunks) is not None
+    hidden = run_chunks(graphs, chunks)
+    assert hidden is not None
+    for row, (slot, tokens) in enumerate(chunks.items()):
+        # of this model the hidden state of a token is the state behind it
+        assert cache.ssm[0, slot].item() == hidden[row].item() == state_after(tokens + tokens)
     others = [slot for slot in range(6) if slot not in chunks]
     assert cache.ssm[0, others].isnan().all()
 
 
 def test_a_replay_sees_nothing_of_the_one_before() -> None:
     graphs, cache = make_chunk_graphs(Shape(32, 32, 4))
-    assert run_chunks(graphs, {1: chunk_of(8), 2: chunk_of(9), 3: chunk_of(10)})
-    assert run_chunks(graphs, {4: chunk_of(3)})
+    assert run_chunks(graphs, {1: chunk_of(8), 2: chunk_of(9), 3: chunk_of(10)}) is not None
+    assert run_chunks(graphs, {4: chunk_of(3)}) is not None
     states = [state_after(chunk_of(length)) for length in (8, 9, 10, 3)]
     assert cache.ssm[0, 1:, 0, 0].tolist() == [*states, 0]
 
@@ -74,9 +78,9 @@ class ShapeNotes(HostCapturer):
         self.replayed: list[str] = []
 
     def capture(self, name: str, warm_up: Any, body: Any) -> Any:
-        def noted() -> None:
+        def noted() -> Any:
             self.replayed.append(name)
-            body()
+            return body()
 
         return super().capture(name, warm_up, noted)
 
@@ -94,7 +98,7 @@ def test_chunks_take_the_cheapest_graph_that_has_room(lengths: list[int], num_to
     graphs, cache = make_chunk_graphs(*shapes, num_slots=8, capturer=notes)
     del notes.replayed[:]
     chunks = {slot: chunk_of(length) for slot, length in enumerate(lengths, start=1)}
-    assert run_chunks(graphs, chunks) == (num_tokens is not None)
+    assert (run_chunks(graphs, chunks) is None) == (num_tokens is None)
     assert notes.replayed == ([] if num_tokens is None else [f"a step of {num_tokens} prompt tokens"])
     if num_tokens is None:
         assert (cache.ssm == 0).all()
@@ -107,7 +111,8 @@ def test_graphs_come_one_by_one_the_largest_first_and_serve_from_then_on() -> No
     served = []
     for _ in range(4):
         assert graphs.can_run
-        served.append([run_chunks(graphs, {1: [1] * 60}), run_chunks(graphs, {1: [1] * 4, 2: [1] * 4})])
+        chunks = ({1: [1] * 60}, {1: [1] * 4, 2: [1] * 4})
+        served.append([run_chunks(graphs, some) is not None for some in chunks])
         assert graphs.prepare_more()
     assert not graphs.prepare_more()
     assert served == [[False, False], [True, False], [True, False], [True, True]]
@@ -117,9 +122,8 @@ def test_graphs_come_one_by_one_the_largest_first_and_serve_from_then_on() -> No
 def test_large_chunks_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk_graphs, "LARGEST_PADDED", 32)
     graphs, _ = make_chunk_graphs(Shape(32, 32, 1), Shape(64, 64, 1))
-    assert [run_chunks(graphs, {1: [1] * length}) for length in (20, 32, 40, 63, 64)] == [
-        *(True, True, False, False, True)
-    ]
+    served = [run_chunks(graphs, {1: [1] * length}) is not None for length in (20, 32, 40, 63, 64)]
+    assert served == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 5, 8, 9, 17, 33, 64])
@@ -151,7 +155,7 @@ def test_chunks_that_cannot_be_captured_are_left_to_others() -> None:
     assert graphs.prepare_more()
     assert not graphs.prepare_more()
     assert not graphs.can_run
-    assert not run_chunks(graphs, {1: [1] * 64})
+    assert run_chunks(graphs, {1: [1] * 64}) is None
 
 
 # --- on a GPU
@@ -197,10 +201,11 @@ def poisoned_graphs(model: MambaForCausalLM, cache: MambaCache, monkeypatch: pyt
     return graphs
 
 
-def run_eagerly(model: MambaForCausalLM, cache: MambaCache, chunks: dict[int, list[int]]) -> None:
+def run_eagerly(model: MambaForCausalLM, cache: MambaCache, chunks: dict[int, list[int]]) -> torch.Tensor:
     tokens = torch.tensor([token for chunk in chunks.values() for token in chunk], device=GPU)
     lengths = [len(chunk) for chunk in chunks.values()]
-    model.forward_packed(tokens, Packing.from_lengths(lengths, torch.tensor(list(chunks), device=GPU)), cache)
+    packing = Packing.from_lengths(lengths, torch.tensor(list(chunks), device=GPU))
+    return model.forward_packed(tokens, packing, cache, packing.cu_seqlens[1:].long() - 1)
 
 
 @pytest.mark.gpu
@@ -218,8 +223,9 @@ def test_replays_leave_the_states_that_launches_do(model: MambaForCausalLM, monk
         # the second chunk of each prompt goes on where the first has ended
         for seed in (1, 2):
             chunks = {slot: chunk_of(length, seed + slot) for slot, length in zip(slots, lengths, strict=True)}
-            assert run_chunks(graphs, chunks), lengths
-            run_eagerly(model, expected, chunks)
+            hidden = run_chunks(graphs, chunks)
+            assert hidden is not None, lengths
+            torch.testing.assert_close(hidden, run_eagerly(model, expected, chunks), rtol=1e-3, atol=1e-4)
         # the products of other numbers of tokens are made by other kernels, so that sums round otherwise
         torch.testing.assert_close(cache.ssm, expected.ssm, rtol=1e-3, atol=1e-4, equal_nan=True)
         torch.testing.assert_close(cache.conv, expected.conv, rtol=1e-3, atol=1e-4, equal_nan=True)
@@ -234,10 +240,10 @@ def test_the_same_replay_gives_the_same_bits(model: MambaForCausalLM, monkeypatc
     states = []
     for _ in range(20):
         cache.zero(range(NUM_SLOTS))
-        assert run_chunks(graphs, {slot: chunk_of(31 - slot, slot) for slot in range(1, 11)})
+        assert run_chunks(graphs, {slot: chunk_of(31 - slot, slot) for slot in range(1, 11)}) is not None
         states.append((cache.conv.clone(), cache.ssm.clone()))
         # something larger in between
-        assert run_chunks(graphs, {slot: chunk_of(16, slot) for slot in range(1, 33)})
+        assert run_chunks(graphs, {slot: chunk_of(16, slot) for slot in range(1, 33)}) is not None
     for conv, ssm in states:
         assert torch.equal(conv, states[0][0])
         assert torch.equal(ssm, states[0][1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from app.engine import runner as runner_module
 from app.engine.engine import Engine
 from app.engine.request import GenerationRequest
 from mamba_core import FalconMambaConfig, FalconMambaForCausalLM, MambaCache, MambaConfig, MambaForCausalLM
-from tests.engine.fakes import MODES, Transcript, make_request, make_runner, run
+from tests.engine.fakes import CHUNK_SHAPES, MODES, Transcript, make_request, make_runner, run
 
 VOCAB_SIZE = 97
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
@@ -165,6 +166,75 @@ def test_logits_of_prompt_positions_exist_only_in_slices(
     assert sizes == [1]
     run(engine, make_request("r", prompt(700), 0, prompt_logprobs=0))
     assert sizes[1:] == [256, 256, 187]
+
+
+def watch_forwards(model: MambaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the number of tokens of each forward pass."""
+    sizes: list[int] = []
+    forward = model.forward_packed
+
+    def watched(tokens: torch.Tensor, *args: Any) -> torch.Tensor:
+        sizes.append(len(tokens))
+        return forward(tokens, *args)
+
+    monkeypatch.setattr(model, "forward_packed", watched)
+    return sizes
+
+
+@pytest.mark.parametrize(("length", "passes"), [(20, [20, 1, 1]), (8, [8, 1, 1]), (2, [2, 1, 1]), (1, [1, 1, 1])])
+def test_the_last_token_of_a_prompt_goes_along_with_its_chunk(
+    make_engine: EngineMaker,
+    model: MambaForCausalLM,
+    mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    passes: list[int],
+) -> None:
+    sizes = watch_forwards(model, monkeypatch)
+    engine = make_engine()
+    del sizes[:]
+    run(engine, make_request("a", prompt(length), 3))
+    if mode == "graphs" and length > 1:
+        passes = [next(shape.num_tokens for shape in CHUNK_SHAPES if shape.num_tokens >= length), *passes[1:]]
+    assert sizes == passes
+
+
+def test_a_last_token_for_which_a_graph_has_no_room_is_left_to_decode(
+    make_engine: EngineMaker, model: MambaForCausalLM, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = watch_forwards(model, monkeypatch)
+    engine = make_engine(prefill_budget=512)
+    del sizes[:]
+    alone = run(engine, make_request("a", prompt(129), 3))
+    assert sizes == ([128, 1, 1, 1] if mode == "graphs" else [129, 1, 1])
+    assert alone.tokens == run(make_engine(prefill_budget=17), make_request("a", prompt(129), 3)).tokens
+
+
+def test_beside_rows_that_run_a_last_token_is_left_to_decode(
+    make_engine: EngineMaker, model: MambaForCausalLM, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    engine.submit(make_request("a", prompt(5), 20))
+    for _ in range(3):
+        engine.step()
+    sizes = watch_forwards(model, monkeypatch)
+    engine.submit(make_request("b", prompt(32, 1), 2))
+    engine.step()
+    assert sizes == [32 if mode == "graphs" else 31, 2]
+
+
+def test_a_burst_starts_as_its_prompts_do_alone(make_engine: EngineMaker) -> None:
+    requests = [make_request(f"r{i}", prompt(2 + 3 * i, i), 5, n=1 + i % 2, logprobs=2) for i in range(4)]
+    together = run(make_engine(), *requests)
+    for request in requests:
+        alone = run(make_engine(), request)
+        for sample in range(request.n):
+            key = (request.request_id, sample)
+            assert together.tokens[key] == alone.tokens[key]
+            first, other = (transcript.events[key][0].logprobs for transcript in (together, alone))
+            assert first is not None
+            assert other is not None
+            assert first.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "overlapped"])

@@ -1,0 +1,56 @@
+"""How chunks are laid end to end, and which rows start behind them."""
+
+from __future__ import annotations
+
+from array import array
+
+from app.engine.chunks import chunks_of_rows, pack
+from app.engine.sequence import Chunk, Prefill, Sequence, StepPlan
+from tests.engine.fakes import make_request
+
+
+def prefill_of(name: str, length: int, slot: int, *, n: int = 1, max_tokens: int = 4) -> Prefill:
+    request = make_request(name, range(length), max_tokens, n=n)
+    sequences = [Sequence(request, sample, frozenset(), length - 1, slot + sample) for sample in range(n)]
+    return Prefill(request, sequences, array("q", request.prompt_token_ids))
+
+
+def plan_of(chunks: list[Chunk], done: list[Prefill], running: tuple[Sequence, ...] = ()) -> StepPlan:
+    starting = [sequence for prefill in done if prefill.request.max_tokens > 0 for sequence in prefill.sequences]
+    return StepPlan((), tuple(chunks), (), (*running, *starting), tuple(done))
+
+
+def whole(prefill: Prefill) -> Chunk:
+    return Chunk(prefill, 0, prefill.num_tokens)
+
+
+def test_chunks_lie_end_to_end_some_with_the_token_that_follows() -> None:
+    a, b = prefill_of("a", 6, slot=4), prefill_of("b", 4, slot=2)
+    chunks = (Chunk(a, 2, 4), whole(b))
+    packed = pack(chunks)
+    assert packed.tokens.tolist() == [2, 3, 0, 1, 2]
+    assert (packed.slots.tolist(), packed.bounds.tolist(), packed.longest) == ([4, 2], [0, 2, 5], 3)
+    packed = pack(chunks, [1])
+    assert packed.tokens.tolist() == [2, 3, 0, 1, 2, 3]
+    assert (packed.slots.tolist(), packed.bounds.tolist(), packed.longest) == ([4, 2], [0, 2, 6], 4)
+
+
+def test_each_row_has_the_chunk_behind_which_it_starts() -> None:
+    a, b, c = prefill_of("a", 6, slot=1), prefill_of("b", 9, slot=2), prefill_of("c", 3, slot=3, n=2)
+    assert chunks_of_rows(plan_of([whole(a)], [a])) == [0]
+    assert chunks_of_rows(plan_of([whole(a), Chunk(b, 0, 3), whole(c)], [a, c])) == [0, 2, 2]
+
+
+def test_rows_that_do_not_all_start_behind_a_chunk_have_none() -> None:
+    a, b, one = prefill_of("a", 6, slot=1), prefill_of("b", 9, slot=2), prefill_of("one", 1, slot=3)
+    running = (prefill_of("r", 3, slot=4).sequences[0],)
+    assert chunks_of_rows(plan_of([whole(a)], [a], running)) == []
+    assert chunks_of_rows(plan_of([whole(a)], [a, one])) == []
+    assert chunks_of_rows(plan_of([Chunk(b, 0, 3)], [])) == []
+    assert chunks_of_rows(plan_of([], [one])) == []
+
+
+def test_prompts_without_tokens_to_follow_start_nothing() -> None:
+    a, silent = prefill_of("a", 6, slot=1), prefill_of("s", 5, slot=2, max_tokens=0)
+    assert chunks_of_rows(plan_of([whole(silent), whole(a)], [silent, a])) == [1]
+    assert chunks_of_rows(plan_of([whole(silent)], [silent])) == []
