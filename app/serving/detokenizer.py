@@ -15,13 +15,15 @@ NUM_CONTEXT_TOKENS = 6
 
 
 class Detokenizer(Protocol):
-    """The text of one growing sequence. All pieces joined are the text, whatever the tokens' borders."""
+    """The text of one growing sequence. All pieces joined are the text, whatever the tokens' borders; a character
+    that was begun at its end and never completed is left out.
+    """
 
     def push(self, token_id: int) -> str:
         """The text that is certain with this token and was not before; empty inside a character."""
 
     def flush(self) -> str:
-        """The end of the sequence: a character that was never completed, as U+FFFD."""
+        """The end of the sequence: text that waited for more, without the beginning of a character."""
 
 
 def make_detokenizer(tokenizer: Tokenizer, context: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
@@ -60,8 +62,8 @@ class _ByteDetokenizer:
         return text
 
     def flush(self) -> str:
-        data, self._rest = self._rest, b""
-        return data.decode("utf-8", "replace")
+        self._rest = b""
+        return ""
 
 
 class _WindowDetokenizer:
@@ -100,8 +102,9 @@ class _WindowDetokenizer:
         return unfinished + self._give(text)
 
     def flush(self) -> str:
-        # only one of the two can hold anything
-        return self._end_bytes() + self._give_waiting()
+        # bytes that wait are the beginning of a character
+        self._decoder.reset()
+        return self._give_waiting().removesuffix(REPLACEMENT)
 
     def _push_byte(self, token_id: int, byte: int) -> str:
         waiting = self._give_waiting()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -410,7 +411,10 @@ def test_a_stream_amounts_to_the_whole_answer(
         if kind == "byte_level" and isinstance(prompt, str) and not include:
             script = scripts[choice["index"] % len(scripts)][:10]
             ids = script[: script.index(eos)] if eos in script else script
-            assert full["text"][start:] == tokenizer.decode(ids)
+            assert tokenizer.token_bytes is not None
+            data = b"".join(tokenizer.token_bytes[token] for token in ids)
+            # the beginning of a character at the end is no text
+            assert full["text"][start:] == codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
 
 def check_offsets(choice: dict[str, Any]) -> None:
