@@ -32,7 +32,7 @@ FIELDS = {
     "generation.MAX_STOP_CHARACTERS": "`stop`: characters of a string",
     "generation.MAX_STOP_TOKEN_IDS": "`stop_token_ids`: ids",
     "generation.MAX_LOGIT_BIAS": "`logit_bias`: ids",
-    "generation.MAX_NAME_CHARACTERS": "`model`: characters",
+    "sampling.MAX_NAME_CHARACTERS": "`model`: characters",
     "messages.MAX_MESSAGES": "`messages`: messages",
     "messages.MAX_PARTS": "`messages`: parts of one message",
     "messages.MAX_MESSAGE_CHARACTERS": "`messages`: characters of all contents",

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
-from app.schemas.generation import MAX_STOP_CHARACTERS, MAX_STOPS, ModelName
+from app.schemas.generation import MAX_STOP_CHARACTERS, MAX_STOPS
 from app.schemas.json import BodyError
 from app.schemas.messages import MESSAGES_SCHEMA, Message, check_messages
-from app.schemas.wire import INT32_MAX, WireModel
+from app.schemas.sampling import DrawingFields
+from app.schemas.wire import INT32_MAX
 
 
 def _check_system(value: Any) -> str:
@@ -25,10 +26,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 _SYSTEM_SCHEMA = MESSAGES_SCHEMA["items"]["properties"]["content"]["anyOf"][:2]  # type: ignore[index]
 
 
-class MessagesRequest(WireModel):
+class MessagesRequest(DrawingFields):
     """A request to go on with a conversation. Null is the same as leaving a field out; unknown fields are ignored."""
 
-    model: ModelName = Field(default=None, description="name of the model; the served one when left out")
     messages: Annotated[list[Message], PlainValidator(check_messages), WithJsonSchema(MESSAGES_SCHEMA)] = Field(
         description="the conversation, oldest message first; one of the assistant at its end is continued"
     )
@@ -42,13 +42,6 @@ class MessagesRequest(WireModel):
     temperature: float = Field(
         default=1.0, ge=0, le=1, description="0 (or below 0.00001) takes the likeliest token, higher values vary more"
     )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="draw from the likeliest tokens that together have this probability"
-    )
-    top_k: int = Field(
-        default=0, ge=-1, le=INT32_MAX, description="draw from this many of the likeliest tokens; 0 or -1 for all"
-    )
-    stream: bool = Field(default=False, description="answer with server-sent events while tokens come")
 
 
 class TextBlock(BaseModel):

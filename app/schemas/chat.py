@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
 
-from app.schemas.completions import PromptLogprob
-from app.schemas.generation import GenerationFields, Usage
+from app.schemas.answers import AnswerHead, ChoiceEnd, PromptTold
+from app.schemas.generation import GenerationFields
 from app.schemas.json import BodyError
 from app.schemas.messages import MESSAGES_SCHEMA, Message, check_messages
 from app.schemas.tools import TOOL_CHOICE_SCHEMA, TOOLS_SCHEMA, Tool, check_tool_choice, check_tools
@@ -135,7 +135,7 @@ class ChatLogprobs(BaseModel):
     refusal: None = Field(default=None, description="always null")
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(ChoiceEnd):
     """One answer of `n`."""
 
     index: int = Field(description="which of the `n` answers this is")
@@ -144,29 +144,11 @@ class ChatChoice(BaseModel):
     finish_reason: Literal["stop", "length", "tool_calls"] | None = Field(
         default=None, description="null while a stream goes on"
     )
-    stop_reason: int | str | None = Field(
-        default=None, description="the client's stop string or token id; null for the model's own end"
-    )
-    token_ids: list[int] | None = Field(
-        default=None, description="with `return_token_ids`: of what was generated, its stop token included"
-    )
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(AnswerHead, PromptTold):
     """The answer; a streamed one is made of `chat.completion.chunk` objects with a `delta` in place of each message."""
 
     id: str = Field(description="`chatcmpl-` and the id of the request")
     object: Literal["chat.completion"] = Field(default="chat.completion", description="what this is")
-    created: int = Field(description="when the request came, in seconds since 1970")
-    model: str = Field(description="the name that was asked for, or the first one")
-    system_fingerprint: str = Field(description="changes when the same seed may give other tokens")
     choices: list[ChatChoice] = Field(description="one for each of the `n` samples")
-    usage: Usage | None = Field(default=None, description="token counts; in a stream null unless asked for")
-    prompt_token_ids: list[int] | None = Field(
-        default=None, description="with `return_token_ids`: of the prompt; in a stream in each choice's first chunk"
-    )
-    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
-        default=None,
-        description="with the field of this name: for each prompt token itself and the likeliest, by their ids; "
-        "null for the first",
-    )

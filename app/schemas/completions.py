@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
 
-from app.schemas.generation import GenerationFields, Usage
+from app.schemas.answers import AnswerHead, ChoiceEnd, PromptTold
+from app.schemas.generation import GenerationFields
 from app.schemas.json import BodyError
 from app.schemas.wire import INT32_MAX, refuse
 
@@ -128,42 +129,18 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int] = Field(description="where each token's text starts in the choice's text, in characters")
 
 
-class PromptLogprob(BaseModel):
-    """What a token was worth at a place of the prompt."""
-
-    logprob: float = Field(description="natural logarithm")
-    rank: int | None = Field(description="1 for the likeliest; null for a prompt token that is not among the asked for")
-    decoded_token: str = Field(description="the token's text; `bytes:` and escapes for a part of a character")
-
-
-class CompletionChoice(BaseModel):
+class CompletionChoice(ChoiceEnd, PromptTold):
     """One continuation; `index` is prompt number x `n` + sample number."""
 
     index: int = Field(description="which choice this is")
     text: str = Field(description="what was generated, after the prompt where it is echoed; a part of it in a stream")
     logprobs: CompletionLogprobs | None = Field(default=None, description="null unless asked for")
     finish_reason: Literal["stop", "length"] | None = Field(default=None, description="null while a stream goes on")
-    stop_reason: int | str | None = Field(default=None, description="the stop string or token id; null for end-of-text")
-    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
-        default=None,
-        description="with the field of this name: for each prompt token itself and the likeliest, by their ids; "
-        "null for the first",
-    )
-    prompt_token_ids: list[int] | None = Field(
-        default=None, description="with `return_token_ids`: of the prompt; in a stream in each choice's first chunk"
-    )
-    token_ids: list[int] | None = Field(
-        default=None, description="with `return_token_ids`: of what was generated, its stop token included"
-    )
 
 
-class Completion(BaseModel):
+class Completion(AnswerHead):
     """The answer, and with fewer fields every chunk of a streamed one."""
 
     id: str = Field(description="`cmpl-` and the id of the request")
     object: Literal["text_completion"] = Field(default="text_completion", description="what this is")
-    created: int = Field(description="when the request came, in seconds since 1970")
-    model: str = Field(description="the name that was asked for, or the first one")
-    system_fingerprint: str = Field(description="changes when the same seed may give other tokens")
     choices: list[CompletionChoice] = Field(description="one for each prompt and each of its `n` samples")
-    usage: Usage | None = Field(default=None, description="token counts; in a stream null unless asked for")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from app.schemas.json import BodyError
 from app.schemas.output_format import OutputFields
-from app.schemas.token_rules import MAX_SALT_CHARACTERS, AllowedTokenIds, BadWords, SessionId, Truncation
-from app.schemas.wire import INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN, WireModel, refuse
+from app.schemas.sampling import SamplingFields
+from app.schemas.token_rules import MAX_SALT_CHARACTERS, AllowedTokenIds, BadWords, Truncation
+from app.schemas.wire import INT32_MAX, WireModel, refuse
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
-MAX_NAME_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
 
@@ -63,14 +63,6 @@ def _bias_value(bias: Any) -> float:
     return float(bias)
 
 
-def _check_name(value: Any) -> str:
-    if not isinstance(value, str):
-        raise refuse("name_type", "should be a string")
-    if not 1 <= len(value) <= MAX_NAME_CHARACTERS or not value.isprintable():
-        raise refuse("name_form", f"should be 1 to {MAX_NAME_CHARACTERS} printable characters")
-    return value
-
-
 _STOP_TEXT_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
 _STOP_SCHEMA = {"anyOf": [_STOP_TEXT_SCHEMA, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP_TEXT_SCHEMA}]}
 _BIAS_SCHEMA = {
@@ -79,8 +71,6 @@ _BIAS_SCHEMA = {
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
 }
 _STOP_IDS_SCHEMA = {"type": "array", "maxItems": MAX_STOP_TOKEN_IDS, "items": {"type": "integer", "minimum": 0}}
-_NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARACTERS}
-ModelName = Annotated[str | None, PlainValidator(_check_name), WithJsonSchema(_NAME_SCHEMA)]
 
 
 class StreamOptions(WireModel):
@@ -92,24 +82,10 @@ class StreamOptions(WireModel):
     )
 
 
-class GenerationFields(OutputFields):
-    """Null means the same as leaving a field out; unknown fields are ignored."""
+class GenerationFields(OutputFields, SamplingFields):
+    """What completions and chats have in common."""
 
-    model: ModelName = Field(default=None, description="name of the model; the served one when left out")
-    temperature: float = Field(
-        default=1.0, ge=0, le=2, description="0 (or below 0.00001) takes the likeliest token, higher values vary more"
-    )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="draw from the likeliest tokens that together have this probability"
-    )
-    top_k: int = Field(
-        default=0, ge=-1, le=INT32_MAX, description="draw from this many of the likeliest tokens; 0 or -1 for all"
-    )
-    min_p: float = Field(
-        default=0.0, ge=0, le=1, description="leave out tokens less likely than this share of the likeliest one"
-    )
     n: int = Field(default=1, ge=1, le=INT32_MAX, description="choices per prompt, up to the operator's limit")
-    stream: bool = Field(default=False, description="answer with server-sent events while tokens come")
     stream_options: StreamOptions | None = Field(default=None, description="only together with `stream`")
     stop: Annotated[list[str], PlainValidator(_check_stop), WithJsonSchema(_STOP_SCHEMA)] = Field(
         default=[], description=f"up to {MAX_STOPS} strings that end a choice and are cut from it"
@@ -122,23 +98,8 @@ class GenerationFields(OutputFields):
         default=False, description="go on after end-of-text; an output that is held to a form ends when it is complete"
     )
     skip_special_tokens: bool = Field(default=True, description="leave special tokens out of the text")
-    presence_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="taken once from the logit of every token generated already"
-    )
-    frequency_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="taken from a token's logit for each time it was generated already"
-    )
-    repetition_penalty: float = Field(
-        default=1.0,
-        ge=0.01,
-        le=100,
-        description="divides positive and multiplies negative logits of tokens seen, prompt included",
-    )
     logit_bias: Annotated[dict[int, float], PlainValidator(_check_logit_bias), WithJsonSchema(_BIAS_SCHEMA)] = Field(
         default={}, description="added to the logits of these token ids, from -100 to 100"
-    )
-    seed: int | None = Field(
-        default=None, ge=INT64_MIN, le=INT64_MAX, description="the same seed gives the same tokens; drawn when left out"
     )
     min_tokens: int = Field(
         default=0,
@@ -166,23 +127,12 @@ class GenerationFields(OutputFields):
         description="keep this many tokens of a prompt, the last ones; -1: as many as the operator's limit "
         "of length leaves beside the output",
     )
-    priority: int = Field(
-        default=0,
-        ge=INT32_MIN,
-        le=INT32_MAX,
-        description="of the requests that wait, those with the lowest number begin first",
-    )
     cache_salt: str | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_SALT_CHARACTERS,
         description="requests share computed prompts only with those of the same salt; "
         "no effect, as no two requests share any",
-    )
-    session_id: SessionId = Field(
-        default=None,
-        description="a name for the conversation that this request is a part of, told in the server's log "
-        "and in the answer's `X-Session-ID`; the request's header of that name does the same where this is left out",
     )
     user: str | None = Field(default=None, description="who asks, in the client's words; not interpreted")
 
@@ -193,18 +143,3 @@ class GenerationFields(OutputFields):
         if self.prompt_logprobs is not None and self.stream:
             raise BodyError("'prompt_logprobs' is not allowed when 'stream' is true", "prompt_logprobs")
         return self
-
-
-class PromptTokensDetails(BaseModel):
-    """Where prompt tokens came from."""
-
-    cached_tokens: int = Field(description="prompt tokens that did not have to be computed")
-
-
-class Usage(BaseModel):
-    """Token counts; each prompt counts once, whatever `n`."""
-
-    prompt_tokens: int = Field(description="tokens of all prompts")
-    completion_tokens: int = Field(description="tokens generated, over all choices")
-    total_tokens: int = Field(description="the sum of both")
-    prompt_tokens_details: PromptTokensDetails = Field(description="where prompt tokens came from")

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
 
-from app.schemas.generation import ModelName
 from app.schemas.json import BodyError
 from app.schemas.messages import Message
 from app.schemas.output_format import MAX_FORMAT_NAME_CHARACTERS
@@ -17,9 +16,9 @@ from app.schemas.response_tools import (
     check_response_tool_choice,
     check_response_tools,
 )
-from app.schemas.token_rules import SessionId
+from app.schemas.sampling import SamplingFields
 from app.schemas.tools import Tool
-from app.schemas.wire import INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN, WireModel, refuse
+from app.schemas.wire import INT32_MAX, WireModel, refuse
 
 MAX_METADATA = 16
 MAX_METADATA_KEY_CHARACTERS = 64
@@ -93,10 +92,9 @@ class TextOptions(WireModel):
     format: TextFormat | None = Field(default=None, description="the form of the whole text; any when left out")
 
 
-class ResponsesRequest(WireModel):
+class ResponsesRequest(SamplingFields):
     """A request to go on with a conversation. Null is the same as leaving a field out; unknown fields are ignored."""
 
-    model: ModelName = Field(default=None, description="name of the model; the served one when left out")
     input: Annotated[list[Message], PlainValidator(check_input), WithJsonSchema(INPUT_SCHEMA)] = Field(
         description="what is new in the conversation: the user's words, or items, oldest first; "
         "control tokens in it are plain text"
@@ -116,39 +114,11 @@ class ResponsesRequest(WireModel):
         description="keep the response in memory for later requests, until others take its place; the answer tells "
         "whether it is kept at all",
     )
-    stream: bool = Field(default=False, description="answer with server-sent events while tokens come")
     max_output_tokens: int | None = Field(
         default=None,
         ge=1,
         le=INT32_MAX,
         description="most tokens to generate; left out, until the model stops or a limit is reached",
-    )
-    temperature: float = Field(
-        default=1.0, ge=0, le=2, description="0 (or below 0.00001) takes the likeliest token, higher values vary more"
-    )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="draw from the likeliest tokens that together have this probability"
-    )
-    top_k: int = Field(
-        default=0, ge=-1, le=INT32_MAX, description="draw from this many of the likeliest tokens; 0 or -1 for all"
-    )
-    min_p: float = Field(
-        default=0.0, ge=0, le=1, description="leave out tokens less likely than this share of the likeliest one"
-    )
-    presence_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="taken once from the logit of every token generated already"
-    )
-    frequency_penalty: float = Field(
-        default=0.0, ge=-2, le=2, description="taken from a token's logit for each time it was generated already"
-    )
-    repetition_penalty: float = Field(
-        default=1.0,
-        ge=0.01,
-        le=100,
-        description="divides positive and multiplies negative logits of tokens seen, prompt included",
-    )
-    seed: int | None = Field(
-        default=None, ge=INT64_MIN, le=INT64_MAX, description="the same seed gives the same tokens; drawn when left out"
     )
     text: TextOptions | None = Field(default=None, description="what the text looks like; any text when left out")
     tools: Annotated[list[Tool], PlainValidator(check_response_tools), WithJsonSchema(RESPONSE_TOOLS_SCHEMA)] = Field(
@@ -181,17 +151,6 @@ class ResponsesRequest(WireModel):
     metadata: Annotated[dict[str, str], PlainValidator(_check_metadata), WithJsonSchema(_METADATA_SCHEMA)] = Field(
         default={}, description="texts of the client's own, told in the answer"
     )
-    priority: int = Field(
-        default=0,
-        ge=INT32_MIN,
-        le=INT32_MAX,
-        description="of the requests that wait, those with the lowest number begin first",
-    )
-    session_id: SessionId = Field(
-        default=None,
-        description="a name for the conversation, told in the server's log and in the answer's `X-Session-ID`; "
-        "the request's header of that name does the same where this is left out",
-    )
     user: str | None = Field(default=None, description="who asks, in the client's words; told in the answer")
 
     @model_validator(mode="after")
@@ -219,22 +178,25 @@ class OutputText(BaseModel):
     )
 
 
-class OutputMessage(BaseModel):
-    """What the model says."""
+class OutputItem(BaseModel):
+    """What every item tells."""
 
     id: str = Field(description="of the item")
-    type: Literal["message"] = Field(default="message", description="what this is")
     status: Literal["in_progress", "completed", "incomplete"] = Field(description="incomplete: cut by a limit")
+
+
+class OutputMessage(OutputItem):
+    """What the model says."""
+
+    type: Literal["message"] = Field(default="message", description="what this is")
     role: Literal["assistant"] = Field(default="assistant", description="who speaks")
     content: list[OutputText] = Field(description="the text, in one piece")
 
 
-class OutputCall(BaseModel):
+class OutputCall(OutputItem):
     """A call of a function."""
 
-    id: str = Field(description="of the item")
     type: Literal["function_call"] = Field(default="function_call", description="what this is")
-    status: Literal["in_progress", "completed", "incomplete"] = Field(description="incomplete: cut by a limit")
     call_id: str = Field(description="for the item that answers the call")
     name: str = Field(description="of the function")
     arguments: str = Field(description="text of a JSON object")

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
 
-from app.schemas.generation import ModelName
 from app.schemas.json import BodyError
 from app.schemas.messages import MESSAGES_SCHEMA, Message, check_messages
+from app.schemas.sampling import ModelName
 from app.schemas.tools import TOOLS_SCHEMA, Tool, check_tools
 from app.schemas.wire import INT32_MAX, WireModel, refuse
 
