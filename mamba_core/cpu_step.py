@@ -1,4 +1,8 @@
-"""Decode on a CPU: one token per row through all layers in one compiled function, run by all threads together."""
+"""Decode on a CPU: one token per row through all layers in one compiled function, run by all threads together.
+
+Each thread takes the rows one after the other wherever states move on, so that rows of the same slot are tokens that
+follow one another: few tokens of whatever sequences are a step as well.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
+from mamba_core.ops import Packing
 from mamba_core.ops.native.callbacks import head_callback, step_callback
 from mamba_core.ops.native.scratch import Scratch
 from mamba_core.ops.native.step_kernels import Field, HeadField, LayerField
@@ -56,6 +61,14 @@ class CpuStep:
             and not mixer.A_log.is_inference()
         )
 
+    @staticmethod
+    def suits(packing: Packing) -> bool:
+        """Whether ``step`` takes these tokens, and is faster than layer by layer."""
+        if packing.is_step:
+            return True
+        few = max(_MOST_ROWS, 2 * packing.num_rows)
+        return 0 < packing.num_tokens <= few and int(packing.cu_seqlens[-1]) == packing.num_tokens
+
     def can_project(self, hidden: Tensor, weight: Tensor) -> bool:
         """Whether ``project`` takes these, and is no slower than torch."""
         return (
@@ -68,7 +81,8 @@ class CpuStep:
     def step(self, model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache) -> Tensor:
         """tokens, slots [B] int64 -> hidden [B, H] after the final norm; the slots of the cache move on by one token.
 
-        Raises IndexError for a token or a slot that there is not.
+        A slot that is named several times takes its tokens in their order. Raises IndexError for a token or a slot that
+        there is not.
         """
         _check_range("token", tokens, model.config.vocab_size)
         _check_range("slot", slots, cache.num_slots)

@@ -261,8 +261,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
 
             if is_applicable(self.backbone):
                 return fused_step(self.backbone, input_ids, packing.slots, cache, self._step_counters())
-        elif cache is not None and packing.is_step and (step := self._native_step(cache)) is not None:
-            return step.step(self.backbone, input_ids, packing.slots, cache)
+        elif cache is not None and (step := self._native_step(cache)) is not None and step.suits(packing):
+            return step.step(self.backbone, input_ids, packing.token_slots, cache)
         return None
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

@@ -67,6 +67,13 @@ class Packing:
         """Whether every row has exactly one token, so that the step ops apply."""
         return self.max_seqlen == 1 and self.num_tokens == self.num_rows
 
+    @property
+    def token_slots(self) -> Tensor:
+        """The state slot of each token [T], if every token belongs to a sequence."""
+        if self.is_step:
+            return self.slots
+        return self.slots.repeat_interleave(self.cu_seqlens.diff().long(), output_size=self.num_tokens)
+
     @cached_property
     def seq_idx(self) -> Tensor:
         """The row of each token, [T] int32; B for a token of none."""

@@ -129,6 +129,61 @@ def test_padding_rows_share_the_scratch_slot(tiny_model: MakeModel) -> None:
     assert torch.equal(cache.conv[:, 1:], padded.conv[:, 1:])
 
 
+@pytest.mark.parametrize(("dtype", "may_use_pairs"), KINDS)
+@pytest.mark.parametrize(("family", "changes"), SHAPES)
+@torch.inference_mode()
+def test_tokens_that_follow_one_another_may_be_rows_of_one_step(
+    tiny_model: MakeModel, family: str, changes: dict[str, object], dtype: torch.dtype, may_use_pairs: bool
+) -> None:
+    with torch.inference_mode(False):
+        model = in_dtype(tiny_model(family, **changes), dtype)
+    step = CpuStep(may_use_pairs=may_use_pairs)
+    together = warm_cache(model, 8, dtype)
+    apart = clone(together, dtype)
+    tokens, slots = torch.arange(20) % 7, torch.tensor([4] * 9 + [2] + [6] * 5 + [1] + [4] * 4)
+    hidden = step.step(model.backbone, tokens, slots, together)
+    for index in range(len(tokens)):
+        alone = step.step(model.backbone, tokens[index : index + 1], slots[index : index + 1], apart)
+        assert torch.equal(hidden[index : index + 1], alone)
+    assert torch.equal(together.ssm, apart.ssm)
+    assert torch.equal(together.conv, apart.conv)
+
+
+@torch.inference_mode()
+def test_the_model_takes_few_tokens_as_a_step(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode(False):
+        model = tiny_model(state_size=16)
+    backbone, calls = model.backbone, []
+    make = CpuStep.step
+    monkeypatch.setattr(CpuStep, "step", lambda *arguments: calls.append(1) or make(*arguments))
+    cases = [
+        ([3, 0, 2], True),
+        ([64], True),
+        ([65], False),
+        ([1] * 70 + [8], True),
+        ([1] * 70 + [80], False),
+        ([0], False),
+    ]
+    for lengths, is_step in cases:
+        calls.clear()
+        slots = torch.arange(1, len(lengths) + 1)
+        packing = Packing.from_lengths(lengths, slots)
+        tokens = torch.arange(packing.num_tokens) % 5
+        cache = warm_cache(model, 72, torch.float32)
+        plain = clone(cache, torch.float32)
+        hidden = model.forward_packed(tokens, packing, cache)
+        expected = backbone.forward_packed(backbone.embeddings(tokens), packing, plain)
+        assert bool(calls) is is_step
+        if packing.num_tokens:
+            assert error(hidden, expected) < 2e-6
+            assert error(cache.ssm, plain.ssm) < 2e-6
+    # tokens of no sequence
+    padded = Packing(torch.tensor([1, 2]), torch.tensor([0, 2, 5], dtype=torch.int32), 8, 3)
+    calls.clear()
+    model.forward_packed(torch.arange(8) % 5, padded, warm_cache(model, 8, torch.float32))
+    assert not calls
+
+
 @pytest.mark.parametrize(("family", "changes"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
