@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -47,6 +48,10 @@ class Adjuster:
     def forget(self) -> None:
         """Rebuild what is kept per slot from the sequences themselves."""
         self._counts.forget()
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Rebuild what is kept of these slots."""
+        self._counts.release(slots)
 
     def prepare(self, rows: Rows[Sequence]) -> AdjustedRows:
         """What these rows, in this order, ask for."""

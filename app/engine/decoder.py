@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -14,7 +16,7 @@ from app.engine.logprobs import LogprobRows, to_records
 from app.engine.masks import Masker
 from app.engine.request import TokenLogprobs
 from app.engine.sampler import Sampler, SamplingBatch
-from app.engine.sequence import RowEnd, Sequence
+from app.engine.sequence import Chunk, Forced, RowEnd, Sequence
 from mamba_core.cache import MambaCache
 from mamba_core.ops import Packing
 
@@ -45,13 +47,15 @@ def ends_of(bounds: Tensor) -> Tensor:
 @dataclass(frozen=True, slots=True)
 class PendingRows:
     """What a step draws, on its way to the host: tokens [B] with BROKEN where the logits were not finite, and
-    log-probabilities as in ``token_logprobs`` of the rows that want some. ``ends`` by row, for those that end instead.
+    log-probabilities as in ``token_logprobs`` of the rows that want some. ``ends`` by row, for those that end instead,
+    and ``forced`` for those whose tokens are known already.
     """
 
     tokens: Tensor
     logprobs: Tensor | None = None
     wanted: LogprobRows | None = None
     ends: dict[int, RowEnd] = field(default_factory=dict)
+    forced: dict[int, Forced] = field(default_factory=dict)
 
     def read_tokens(self) -> tuple[list[int], frozenset[int]]:
         """The tokens, and the rows that are broken."""
@@ -71,13 +75,20 @@ class PendingRows:
 class Decoder(Protocol):
     """Draws the next token of rows whose states, and last tokens, are on the device."""
 
-    def launch(self, rows: tuple[Sequence, ...], hidden: Tensor | None = None) -> PendingRows:
+    takes_missing: bool
+
+    def launch(
+        self, rows: tuple[Sequence, ...], missing: tuple[Chunk, ...] = (), hidden: Tensor | None = None
+    ) -> PendingRows:
         """Start a step of at least one row. What it returns can be read once the device has done the step.
 
         hidden: [B, H] behind the last tokens of the rows, all of them new, if the model has taken these already.
 
+        The states of some rows lack tokens: the decoder ``takes_missing`` ones, or has others do so first.
+
         Rows may come and go from call to call. What the host knows of a row, its last token above all, is looked at
-        when it comes, and not again until ``forget``.
+        when it comes, and not again until ``forget`` or until tokens of it were forced. Then its sequence has them, and
+        its state all but the last, before it is among the rows of a step again.
         """
 
     def start(self) -> None:
@@ -106,6 +117,11 @@ class Seats:
         self._owners = {sequence.slot: sequence for sequence in rows}
         return new
 
+    def release(self, slots: Iterable[int]) -> None:
+        """Whoever holds these is new the next time."""
+        for slot in slots:
+            del self._owners[slot]
+
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
@@ -118,6 +134,8 @@ class _Batch:
 class EagerDecoder:
     """Launches one operation after the other; runs on every device, at the pace of the host."""
 
+    takes_missing = True
+
     def __init__(self, model: Model, cache: MambaCache, vocab_size: int) -> None:
         self._model = model
         self._cache = cache
@@ -129,19 +147,25 @@ class EagerDecoder:
         self._positions = torch.zeros_like(self._last_token)
         self._batch: _Batch | None = None
 
-    def launch(self, rows: tuple[Sequence, ...], hidden: Tensor | None = None) -> PendingRows:
+    def launch(
+        self, rows: tuple[Sequence, ...], missing: tuple[Chunk, ...] = (), hidden: Tensor | None = None
+    ) -> PendingRows:
         batch = self._batch_of(rows)
-        if hidden is None:
+        if missing:
+            hidden = self._catch_up(batch, missing)
+        elif hidden is None:
             hidden = self._model.forward_packed(self._last_token[batch.slots], batch.packing, self._cache)  # [B, H]
         logits = self._model.compute_logits(hidden)
-        mask, ends = self._masker.make()
-        draw = self._sampler.draw(logits, batch.sampling, mask)
+        verdict = self._masker.make()
+        draw = self._sampler.draw(logits, batch.sampling, verdict.mask)
         self._last_token[batch.slots] = draw.tokens
         self._positions[batch.slots] += 1
         tokens = to_host(torch.where(draw.is_finite, draw.tokens, BROKEN))
         logprobs = None if draw.logprobs is None else to_host(draw.logprobs)
         self._masker.follow(tokens)
-        return PendingRows(tokens, logprobs, batch.sampling.logprobs, ends)
+        if verdict.forced:
+            self._release([rows[row].slot for row in verdict.forced])
+        return PendingRows(tokens, logprobs, batch.sampling.logprobs, verdict.ends, verdict.forced)
 
     def start(self) -> None:
         pass
@@ -154,6 +178,26 @@ class EagerDecoder:
 
     def prepare_more(self) -> bool:
         return False
+
+    def _catch_up(self, batch: _Batch, missing: tuple[Chunk, ...]) -> Tensor:
+        """Hidden states [B, H] behind the last tokens, before which some rows take others."""
+        before = {chunk.prefill.slot: chunk.prefill.tokens[chunk.start : chunk.end] for chunk in missing}
+        tokens, ends = array("q"), array("q")
+        for sequence in batch.rows:
+            tokens.extend(before.get(sequence.slot, ()))
+            ends.append(len(tokens))
+            tokens.append(0)
+        packed = to_device(tokens + ends, torch.int64, self._device)
+        ids, last = packed[: len(tokens)].clone(), packed[len(tokens) :]
+        ids[last] = self._last_token[batch.slots]
+        lengths = [end - begin for begin, end in pairwise((-1, *ends))]
+        packing = Packing.from_lengths(lengths, batch.slots)
+        return self._model.forward_packed(ids, packing, self._cache, last)
+
+    def _release(self, slots: list[int]) -> None:
+        self._seats.release(slots)
+        self._sampler.release(slots)
+        self._batch = None
 
     def _batch_of(self, rows: tuple[Sequence, ...]) -> _Batch:
         if self._batch is None or self._batch.rows is not rows or self._masker.is_stale:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from app.engine.compiling import CompileQueue, GrammarCompiler
 from app.engine.constraints import constraints_of
 from app.engine.request import EngineStats, Event, GenerationRequest, Grammar, SamplingParams
 from app.engine.scheduler import Scheduler
-from app.engine.sequence import StepPlan, StepResult
+from app.engine.sequence import Forced, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ class StepRunner(Protocol):
 
     def launch(self, plan: StepPlan) -> Any:
         """Start a step; at most one other may be pending. If it raises, all states are suspect."""
+
+    def forced(self, pending: Any) -> Mapping[int, Forced]:
+        """By row, tokens that are known before a step is done."""
 
     def collect(self, pending: Any) -> StepResult:
         """Wait for a step, in the order in which they were launched. If it raises, all states are suspect."""
@@ -145,9 +148,11 @@ class Engine:
         self._in_flight = None
         plan = self._scheduler.plan()
         plans = [earlier for earlier, _ in flights] + ([] if plan.is_empty else [plan])
+        forced: Mapping[int, Forced] = {}
         try:
             if not plan.is_empty:
                 flights.append((plan, self._launch(plan)))
+                forced = self._runner.forced(flights[-1][1])
                 # who is under suspicion must be found out alone
                 if self._runner.is_asynchronous and not plan.is_solo:
                     self._in_flight = flights.pop()
@@ -159,7 +164,11 @@ class Engine:
             return events + self._survive(plans, error)
         for made, result in results:
             self._count(made)
+            if made is plan:
+                events += self._scheduler.force(plan, forced)
             events += self._scheduler.commit(made, result)
+        if self._in_flight is not None and forced:
+            events += self._scheduler.force(plan, forced)
         return events
 
     def prepare_more(self) -> bool:
@@ -220,7 +229,7 @@ class Engine:
             self._num_joint_failures = 0
         self._num_steps += 1
         self._num_prefill_tokens += plan.num_prefill_tokens
-        self._num_decode_tokens += len(plan.rows)
+        self._num_decode_tokens += plan.num_decode_tokens
         self._last_step_rows = len(plan.rows)
         self._last_step_prefill_tokens = plan.num_prefill_tokens
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 from array import array
 from collections.abc import Collection
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from app.engine.forced import STEPS_PER_CHUNK, take_forced
 from app.engine.host import Mark, mark, to_device
 from app.engine.matchers import num_words
-from app.engine.sequence import Constraint, RowEnd, Sequence
+from app.engine.sequence import Constraint, Forced, RowEnd, Sequence
 
 # finite, since a row with an infinite logit counts as broken; its weight is 0 at every temperature
 FORBIDDEN = -1e30
@@ -40,6 +41,17 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """What constraints say of a step: what its rows may draw; by row, those that end instead of drawing; likewise those
+    whose tokens are certain, which come back as new ones.
+    """
+
+    mask: Mask | None = None
+    ends: dict[int, RowEnd] = field(default_factory=dict)
+    forced: dict[int, Forced] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class _Masked:
     """A row of the batch with a constraint."""
 
@@ -55,7 +67,9 @@ class Masker:
         self._device = device
         self._num_words = num_words(vocab_size)
         self._shifts = torch.arange(_WORD_BITS, dtype=torch.int32, device=device)
+        self._num_rows = 0
         self._masked: list[_Masked] = []
+        self._forced: dict[int, Forced] = {}
         self._places = torch.empty(0, dtype=torch.int64, device=device)
         self._drawn: tuple[list[_Masked], Tensor, Mark] | None = None
         # a constraint has come to its end since the rows were seated
@@ -79,6 +93,7 @@ class Masker:
     def seat(self, rows: Rows[Sequence], places: dict[int, int] | None = None) -> None:
         """These rows take the steps to come. ``places``: where the logits of a row are, if not at its number."""
         self.is_stale = False
+        self._num_rows = len(rows)
         self._masked = [
             _Masked(row, sequence, sequence.constraint)
             for row, sequence in enumerate(rows)
@@ -88,25 +103,28 @@ class Masker:
             numbers = (masked.row if places is None else places[masked.row] for masked in self._masked)
             self._places = to_device(array("q", numbers), torch.int64, self._device)
 
-    def make(self) -> tuple[Mask | None, dict[int, RowEnd]]:
-        """The mask of the step that is under way, and the rows that end instead of drawing."""
+    def make(self) -> Verdict:
+        """Of the step that is under way."""
         if self._drawn is not None:
             self._catch_up(*self._drawn)
             self._drawn = None
         if not self._masked:
-            return None, {}
+            return Verdict()
         words = np.empty((len(self._masked), self._num_words), dtype=np.int32)
         ends: dict[int, RowEnd] = {}
         for masked, row_words in zip(self._masked, words, strict=True):
             end = masked.constraint.write(row_words)
             if end is not None:
                 ends[masked.row] = end
-        return Mask(self._places, self._to_device(words), self._shifts), ends
+        undecided = ((one.row, one.constraint) for one in self._masked if one.row not in ends)
+        self._forced = take_forced(undecided, self._num_rows, STEPS_PER_CHUNK[self._device.type])
+        return Verdict(Mask(self._places, self._to_device(words), self._shifts), ends, self._forced)
 
     def follow(self, tokens: Tensor) -> None:
         """Take note of the tokens [B], on their way to the host, that the step draws."""
         if self._masked:
-            self._drawn = (self._masked, tokens, mark(self._device))
+            followed = [one for one in self._masked if one.row not in self._forced] if self._forced else self._masked
+            self._drawn = (followed, tokens, mark(self._device))
 
     def _catch_up(self, masked: list[_Masked], tokens: Tensor, drawn: Mark) -> None:
         drawn.wait()

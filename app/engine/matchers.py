@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 # compiled grammars that are kept for the next request
 MAX_KEPT = 128
 
+# tokens that are taken together at most, so that what runs beside them does not wait for long
+MAX_FORCED = 64
+
 Words = NDArray[np.int32]
 
 
@@ -52,18 +55,42 @@ class Matcher:
         """Another output of the same grammar, at its start."""
         return Matcher(self._grammar, self._origin, self._vocab_size, self.eos_token_ids)
 
-    def restart(self, tokens: Sequence[int]) -> None:
-        """Stand behind these tokens."""
+    def restart(self) -> None:
+        """Stand at the start again."""
         if self._num_consumed:
             self._matcher = self._origin.deep_copy()
             self._num_consumed = 0
-        for token in tokens:
-            self.accept(token)
 
     def accept(self, token: int) -> None:
         """Stand behind one more token."""
         self._num_consumed += 1
         self._matcher.consume_token(token)
+
+    def force(self) -> list[int]:
+        """Stand behind the tokens that follow in any case, which are returned: none where there is a choice.
+
+        They spell what must follow as the tokenizer would. Taken one by one, only the first would be the library's
+        answer for sure: it may cut what is left in another way.
+        """
+        matcher = self._matcher
+        if matcher.is_stopped():
+            return []
+        try:
+            tokens = matcher.compute_ff_tokens()[:MAX_FORCED]
+        except ValueError:
+            # told by the next mask
+            return []
+        unknown = next((place for place, token in enumerate(tokens) if token >= self._vocab_size), len(tokens))
+        del tokens[unknown:]
+        if tokens:
+            self._num_consumed += len(tokens)
+            matcher.consume_tokens(tokens)
+        return tokens
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nothing but the end may follow."""
+        return self._matcher.is_stopped()
 
     @property
     def is_complete(self) -> bool:

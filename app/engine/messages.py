@@ -110,9 +110,10 @@ class StartFailed(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class StepReport(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """The events of one step: prompt slices come first, then tokens, of which a sample has at most one.
+    """The events of one step: prompt slices come first, then ordinary tokens, then what is more than a token.
 
-    ``tokens[i]`` is the next ordinary token of the sample that ``samples[i]`` names.
+    ``tokens[i]`` is the next ordinary token of the sample that ``samples[i]`` names; a sample has several where a
+    grammar forces them.
     """
 
     stats: EngineStats

@@ -41,6 +41,11 @@ class TokenCounts:
         """Count every sequence anew when it comes next."""
         self._owners.clear()
 
+    def release(self, slots: Iterable[int]) -> None:
+        """Count anew what comes next on these slots."""
+        for slot in slots:
+            self._owners.pop(slot, None)
+
     def begin(self, sequences: Iterable[Sequence]) -> None:
         """Count the tokens of sequences that are not known yet; called whenever a batch is put together."""
         new = [sequence for sequence in sequences if self._owners.get(sequence.slot) is not sequence]

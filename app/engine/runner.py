@@ -14,7 +14,7 @@ from app.engine.decoder import Decoder, EagerDecoder, Model, PendingRows, ends_o
 from app.engine.host import Mark, mark, to_device, to_host
 from app.engine.logprobs import to_records, token_logprobs
 from app.engine.request import TokenLogprobs
-from app.engine.sequence import Chunk, StepPlan, StepResult
+from app.engine.sequence import Chunk, Forced, StepPlan, StepResult
 from mamba_core.cache import MambaCache
 from mamba_core.ops import Packing
 
@@ -115,7 +115,8 @@ class Runner:
         marks = [mark(self._device)] if plan.chunks else []
         if plan.fresh:
             self._cache.zero(to_device(array("q", plan.fresh), torch.int64, self._device))
-        prefilled = self._prefill(plan.chunks, chunks_of_rows(plan)) if plan.chunks else _Prefilled()
+        chunks = plan.chunks if self._decoder.takes_missing else plan.chunks + plan.missing
+        prefilled = self._prefill(chunks, chunks_of_rows(plan)) if chunks else _Prefilled()
         if not prefilled.is_typical:
             marks.clear()
         if plan.forks:
@@ -123,8 +124,13 @@ class Runner:
             self._cache.copy(*to_device(numbers, torch.int64, self._device).view(-1, 2).unbind(1))
         if marks:
             marks.append(mark(self._device))
-        rows = self._decoder.launch(plan.rows, prefilled.hidden) if plan.rows else None
+        rows = self._decoder.launch(plan.rows, plan.missing, prefilled.hidden) if plan.rows else None
         return PendingStep(prefilled.prompts, rows, (*marks, mark(self._device)))
+
+    @staticmethod
+    def forced(pending: PendingStep) -> dict[int, Forced]:
+        """By row, tokens that are known before the step is done."""
+        return pending.rows.forced if pending.rows else {}
 
     def collect(self, pending: PendingStep) -> StepResult:
         """Wait for a step and read what it drew. If it raises, all states are suspect as well."""
@@ -136,7 +142,8 @@ class Runner:
         seconds = [later.seconds_since(earlier) for earlier, later in zip(marks, marks[1:], strict=False)]
         ends = pending.rows.ends if pending.rows else {}
         prefill_seconds, decode_seconds = seconds or (0.0, 0.0)
-        return StepResult(tokens, broken, logprobs, prompts, prefill_seconds, decode_seconds, ends)
+        forced = self.forced(pending)
+        return StepResult(tokens, broken, logprobs, prompts, prefill_seconds, decode_seconds, ends, forced)
 
     def forget(self) -> None:
         """Drop everything that is kept between steps, apart from the states in the cache."""

@@ -79,6 +79,10 @@ class Sampler:
         """Rebuild what is kept per slot from the sequences themselves."""
         self._adjuster.forget()
 
+    def release(self, slots: Iterable[int]) -> None:
+        """Rebuild what is kept of these slots."""
+        self._adjuster.release(slots)
+
     def prepare(self, rows: tuple[Sequence, ...], positions: Tensor | None = None) -> SamplingBatch:
         """The parameters of these rows, in this order.
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from app.engine.request import Event, FinishReason, GenerationRequest, PromptLogprobsEvent, TokenLogprobs
-from app.engine.sequence import Chunk, Constraint, Prefill, Sequence, StepPlan, StepResult
+from app.engine.sequence import Chunk, Constraint, Forced, Prefill, Sequence, StepPlan, StepResult
 from app.engine.share import PrefillShare
 from app.engine.slots import SCRATCH_SLOT, SlotPool
 
@@ -26,8 +27,8 @@ class Scheduler:
 
     ``plan`` says what the next step does, admits waiting requests and counts on the step being made; ``commit`` takes
     what it drew and returns the events. One more step may be planned before the last one is committed: then sequences
-    may end in between, and what is drawn for them is ignored. After steps that raised, ``recover`` or ``fail`` takes
-    the place of ``commit`` for all that are in flight.
+    may end in between, and what is drawn for them is ignored. ``force`` comes between a launch and both. After steps
+    that raised, ``recover`` or ``fail`` takes the place of ``commit`` for all that are in flight.
     """
 
     def __init__(self, num_slots: int, prefill_budget: int) -> None:
@@ -48,6 +49,8 @@ class Scheduler:
         self._ending: dict[Sequence, None] = {}
         self._num_joint_plans = 0
         self._last_plans: dict[int, dict[Sequence, None]] = {}
+        # tokens that the states of running rows lack, besides the next one
+        self._missing: dict[Sequence, Chunk] = {}
         self._live: dict[str, dict[int, Sequence]] = {}
         self._num_live = 0
 
@@ -114,8 +117,23 @@ class Scheduler:
             while draft.budget > 0 and self._waiting and len(self._waiting[0].sequences) <= self._slots.num_free:
                 draft.take(self._admit())
             plan = draft.plan(self._running, is_solo=False)
+            if self._missing:
+                plan = replace(plan, missing=self._take_missing())
         self._count_on(plan)
         return plan
+
+    def force(self, plan: StepPlan, forced: Mapping[int, Forced]) -> list[Event]:
+        """Book the tokens that follow whatever rows of a step draw, once it is launched and all before are committed.
+
+        What the step draws for these rows is not looked at, and their states lack the tokens but the last, which is
+        the next one: the next plan has them.
+        """
+        events: list[Event] = []
+        for row, run in forced.items():
+            sequence = plan.rows[row]
+            if not sequence.is_finished:
+                events += self._force(sequence, run)
+        return events
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Event]:
         """Book what a planned step did; the events are in the order in which they are to be delivered."""
@@ -150,6 +168,7 @@ class Scheduler:
         self._prefilling, self._settling, self._running = [], [], ()
         self._ending.clear()
         self._last_plans.clear()
+        self._missing.clear()
 
     def fail(self, plan: StepPlan, error: str) -> list[Event]:
         """End every sequence that took part in a step."""
@@ -176,6 +195,8 @@ class Scheduler:
         assert all(s.prefill is None for s in placed[len(waiting) + len(begun) :]), "a running sequence prefills"
         limited = [sequence for sequences in self._last_plans.values() for sequence in sequences]
         assert sorted(map(id, limited)) == sorted(map(id, running)), "running rows have no last step, or others do"
+        missing = {sequence for sequence in self._missing if not sequence.is_finished}
+        assert missing <= set(running), "tokens are missing of a sequence that does not run"
 
     def _budget(self) -> int:
         """Prompt tokens for a joint step: all while more sequences would start than stream, else a small share, and a
@@ -236,10 +257,43 @@ class Scheduler:
         prefill.num_reported = chunk.end
         return [PromptLogprobsEvent(prefill.request.request_id, start, logprobs)]
 
+    def _force(self, sequence: Sequence, run: Forced) -> list[Event]:
+        events: list[Event] = []
+        for token in run.tokens:
+            event = sequence.accept(token)
+            events.append(event)
+            if event.finish_reason is not None:
+                break
+        else:
+            if run.end is None:
+                self._run_on(sequence, run.tokens)
+                return events
+            events.append(sequence.end(run.end.reason, run.end.error))
+        self._release(sequence)
+        return events
+
+    def _run_on(self, sequence: Sequence, tokens: tuple[int, ...]) -> None:
+        """Go on behind tokens that were not drawn."""
+        self._drop_last_plan(sequence)
+        sequence.last_plan = self._num_joint_plans + sequence.num_left
+        self._last_plans.setdefault(sequence.last_plan, {})[sequence] = None
+        if len(tokens) > 1:
+            missing = Prefill(sequence.request, [sequence], array("q", tokens))
+            missing.num_reported = missing.num_tokens
+            self._missing[sequence] = Chunk(missing, 0, missing.num_tokens)
+
+    def _take_missing(self) -> tuple[Chunk, ...]:
+        """What rows of the next step lack. Those that ended need nothing."""
+        missing, self._missing = self._missing, {}
+        return tuple(chunk for sequence, chunk in missing.items() if not sequence.is_finished)
+
     def _commit_rows(self, plan: StepPlan, result: StepResult) -> list[Event]:
         events: list[Event] = []
         logprobs, broken = result.logprobs, result.broken
-        for row, (sequence, token) in enumerate(zip(plan.rows, result.tokens, strict=True)):
+        drawn: Iterator[tuple[int, tuple[Sequence, int]]] = enumerate(zip(plan.rows, result.tokens, strict=True))
+        if result.forced:
+            drawn = (one for one in drawn if one[0] not in result.forced)
+        for row, (sequence, token) in drawn:
             if sequence.is_finished:
                 continue
             if row in broken:
@@ -284,10 +338,7 @@ class Scheduler:
             del self._ending[sequence]
         elif sequence.prefill is None:
             self._has_ended_rows = True
-            if limited := self._last_plans.get(sequence.last_plan):
-                limited.pop(sequence, None)
-                if not limited:
-                    del self._last_plans[sequence.last_plan]
+            self._drop_last_plan(sequence)
         if sequence.slot != SCRATCH_SLOT:
             self._slots.free(sequence.slot)
             sequence.slot = SCRATCH_SLOT
@@ -296,6 +347,12 @@ class Scheduler:
         del samples[sequence.sample]
         if not samples:
             del self._live[sequence.request.request_id]
+
+    def _drop_last_plan(self, sequence: Sequence) -> None:
+        if limited := self._last_plans.get(sequence.last_plan):
+            limited.pop(sequence, None)
+            if not limited:
+                del self._last_plans[sequence.last_plan]
 
 
 class _Draft:

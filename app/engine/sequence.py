@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from app.engine.request import FinishReason, GenerationRequest, TokenEvent, TokenLogprobs
 from app.engine.slots import SCRATCH_SLOT
@@ -25,6 +26,13 @@ class Constraint(Protocol):
 
     def write(self, words: Any) -> RowEnd | None:
         """Fill a row of a mask, an array of int32 with a bit per token; or tell why the row ends instead."""
+
+    @property
+    def outlook(self) -> Outlook:
+        """What is known, after a ``write``, of the tokens that follow whatever is drawn."""
+
+    def run_ahead(self) -> Forced:
+        """Stand behind all tokens that follow whatever is drawn."""
 
 
 @dataclass(slots=True, eq=False)
@@ -133,7 +141,8 @@ class StepPlan:
     destination), draw one token for each of ``rows``.
 
     ``rows`` is the same object as in the step before when nobody came or went. ``done`` are the prefills that this
-    step completes. A step ``is_solo`` when it leaves out sequences that could run.
+    step completes. ``missing`` are tokens that the states of some rows lack before they draw, besides the next one. A
+    step ``is_solo`` when it leaves out sequences that could run.
     """
 
     fresh: tuple[int, ...]
@@ -142,6 +151,7 @@ class StepPlan:
     rows: tuple[Sequence, ...]
     done: tuple[Prefill, ...]
     is_solo: bool = False
+    missing: tuple[Chunk, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -151,6 +161,10 @@ class StepPlan:
     @property
     def num_prefill_tokens(self) -> int:
         return sum(chunk.end - chunk.start for chunk in self.chunks)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return len(self.rows) + sum(chunk.end for chunk in self.missing)
 
     @property
     def members(self) -> tuple[Sequence, ...]:
@@ -168,10 +182,28 @@ class RowEnd:
     error: str | None = None
 
 
+class Outlook(NamedTuple):
+    """How many tokens follow whatever is drawn, the one being drawn among them, and whether they end the sample."""
+
+    num_tokens: int
+    is_end: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """Tokens that follow whatever a row draws, and the end without a token behind them, if that is certain as well.
+
+    The first of them is the one that the row would have drawn.
+    """
+
+    tokens: tuple[int, ...]
+    end: RowEnd | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step drew: one token per row, meaningless for ``broken`` rows, whose logits were not finite, and for those
-    that have ``ends``.
+    """What a step drew: one token per row, meaningless for ``broken`` rows, whose logits were not finite, for those
+    that have ``ends``, and for ``forced`` ones, whose tokens were told when the step was launched.
 
     ``logprobs`` by row, for rows that asked; ``prompt_logprobs`` by chunk, in the order of positions, or None where
     they were NaN or Inf. The seconds are those of the device, 0 where they are no measure of steps to come.
@@ -184,3 +216,4 @@ class StepResult:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     ends: dict[int, RowEnd] = field(default_factory=dict)
+    forced: Collection[int] = ()

@@ -17,9 +17,9 @@ from app.engine.distribution import stream_key
 from app.engine.graphs import StepBody, StepOutput, rows_like_first
 from app.engine.host import to_device, to_host
 from app.engine.logprobs import LogprobRows, logprob_rows, token_logprobs
-from app.engine.masks import Mask, Masker
+from app.engine.masks import Mask, Masker, Verdict
 from app.engine.request import SamplingParams
-from app.engine.sequence import RowEnd, Sequence
+from app.engine.sequence import Chunk, Sequence
 from mamba_core.cache import MambaCache
 from mamba_core.ops import Packing
 
@@ -68,6 +68,9 @@ class SlotDecoder:
     the other rows draw does not depend on them, and the forward pass does not wait for masks.
     """
 
+    # a graph has one token of each row
+    takes_missing = False
+
     def __init__(
         self,
         model: Model,
@@ -93,21 +96,28 @@ class SlotDecoder:
         self._logprobs: LogprobRows | None = None
         self._steps = make_steps(self._step, self._slots)
 
-    def launch(self, rows: tuple[Sequence, ...], hidden: Tensor | None = None) -> PendingRows:
+    def launch(
+        self,
+        rows: tuple[Sequence, ...],
+        missing: tuple[Chunk, ...] = (),  # noqa: ARG002
+        hidden: Tensor | None = None,
+    ) -> PendingRows:
         if rows is not self._rows or self._masker.is_stale:
             self._seat(rows)
         output = self._steps.run(len(rows)) if hidden is None else self._start(hidden)
-        ends: dict[int, RowEnd] = {}
+        verdict = Verdict()
         if self._redraw is not None:
-            mask, ends = self._masker.make()
-            self._draw_again(output, self._redraw, mask)
+            verdict = self._masker.make()
+            self._draw_again(output, self._redraw, verdict.mask)
         logprobs = None
         if (wanted := self._logprobs) is not None:
             drawn = output.tokens[wanted.rows].clamp_(min=0)
             logprobs = to_host(token_logprobs(output.logits[wanted.rows], drawn, max(wanted.nums_top)))
         tokens = to_host(output.tokens[: len(rows)])
         self._masker.follow(tokens)
-        return PendingRows(tokens, logprobs, self._logprobs, ends)
+        if verdict.forced:
+            self._release([rows[row].slot for row in verdict.forced])
+        return PendingRows(tokens, logprobs, self._logprobs, verdict.ends, verdict.forced)
 
     def start(self) -> None:
         self._steps.start()
@@ -153,6 +163,11 @@ class SlotDecoder:
         # a mask may cover what is not finite
         is_finite &= output.tokens[redraw.rows] != BROKEN
         output.tokens[redraw.rows] = torch.where(is_finite, tokens, BROKEN)
+
+    def _release(self, slots: list[int]) -> None:
+        self._seats.release(slots)
+        self._adjuster.release(slots)
+        self._rows = None
 
     def _seat(self, rows: tuple[Sequence, ...]) -> None:
         new = self._seats.take(rows)

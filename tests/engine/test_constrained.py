@@ -134,7 +134,7 @@ def test_a_sample_without_any_token_left_fails_alone(make_engine: EngineMaker) -
     transcript = run(make_engine(), stuck, make_request("p", PROMPT, 10))
     assert transcript.tokens["s", 0] == [4]
     end = transcript.ends["s", 0]
-    assert end.finish_reason is FinishReason.ERROR
+    assert end.finish_reason is FinishReason.INVALID
     assert "forbid all of them" in (end.error or "")
     assert transcript.tokens["p", 0] == greedy(PROMPT, 10)
 

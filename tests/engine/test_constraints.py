@@ -74,7 +74,7 @@ def test_what_may_follow_is_what_the_rules_say(request_: GenerationRequest, outp
     for end in range(min(start, len(output)), len(output) + 1):
         expected = plainly_allowed(request_, output[:end])
         found = allowed_by(constraint)
-        assert found == (expected or RowEnd(FinishReason.ERROR, NOTHING_ALLOWED))
+        assert found == (expected or RowEnd(FinishReason.INVALID, NOTHING_ALLOWED))
         assert not constraint.is_over or expected == ALL
         if end < len(output):
             constraint.accept(output[end])
@@ -144,7 +144,7 @@ def test_rules_narrow_a_grammar(matcher: Matcher) -> None:
     constraint.restart([a])
     assert allowed_by(constraint) == {c}
     constraint = constraint_of(make_request(stop=[END], allowed_token_ids=(b, c)), matcher)
-    assert allowed_by(constraint) == RowEnd(FinishReason.ERROR, NOTHING_ALLOWED)
+    assert allowed_by(constraint) == RowEnd(FinishReason.INVALID, NOTHING_ALLOWED)
 
 
 def test_a_token_that_the_grammar_does_not_know_ends_the_sample(matcher: Matcher) -> None:
@@ -152,7 +152,7 @@ def test_a_token_that_the_grammar_does_not_know_ends_the_sample(matcher: Matcher
     constraint.accept(tokens_of("z")[0])
     end = allowed_by(constraint)
     assert isinstance(end, RowEnd)
-    assert end.reason is FinishReason.ERROR
+    assert end.reason is FinishReason.INVALID
     assert "the regular expression" in (end.error or "")
     constraint.restart(())
     assert allowed_by(constraint) == set(tokens_of("a"))

@@ -52,6 +52,14 @@ def test_each_sample_hears_of_its_own_tokens() -> None:
     assert [sink.heard for sink in sinks] == [[5], [rich], [end("a", 2)], [piece], [piece, 6]]
 
 
+def test_a_sample_may_have_several_tokens_and_its_end_in_one_step() -> None:
+    live = LiveRequests()
+    sink = Sink()
+    keys = {"a": live.add(make_request("a"), [sink])}
+    live.deliver(report(keys, *(TokenEvent("a", 0, token) for token in (5, 6, 7)), end("a")))
+    assert sink.heard == [5, 6, 7, end("a")]
+
+
 def test_a_request_is_live_until_its_last_sample_has_ended() -> None:
     live = LiveRequests()
     sinks = [Sink(), Sink()]

@@ -57,13 +57,14 @@ class LiveRequests:
                 event = PromptLogprobsEvent(live.request_id, piece.start, piece.logprobs)
                 for sink in live.sinks:
                     sink.on_event(event)
-        for rich in report.rich:
-            if live := self._by_key.get(rich.key):
-                self._deliver_rich(live, rich)
         find = self._sinks.get
         for name, token_id in zip(report.samples, report.tokens, strict=True):
             if (listener := find(name)) is not None:
                 listener.on_token(token_id)
+        # a sample that has both has its end here
+        for rich in report.rich:
+            if live := self._by_key.get(rich.key):
+                self._deliver_rich(live, rich)
 
     def lose_all(self, error: EngineError) -> None:
         """The process is gone with all of them."""
