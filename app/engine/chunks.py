@@ -32,14 +32,16 @@ def pack(chunks: tuple[Chunk, ...], prolonged: Collection[int] = ()) -> PackedCh
     return PackedChunks(tokens, array("q", (chunk.prefill.slot for chunk in chunks)), bounds)
 
 
-def chunks_of_rows(plan: StepPlan) -> list[int]:
-    """For each row of a step the chunk behind which it starts; nothing unless all of them start behind one.
+def chunks_of_rows(plan: StepPlan, chunks: tuple[Chunk, ...]) -> list[int]:
+    """For each row of a step the one of these chunks behind which it draws; nothing unless all of them have one.
 
     What decode would feed such a row can be the last token of its chunk as well.
     """
-    index_of = {chunk.prefill: index for index, chunk in enumerate(plan.chunks)}
-    found = [
-        index_of.get(prefill) for prefill in plan.done if prefill.request.max_tokens > 0 for _ in prefill.sequences
-    ]
-    indices = [index for index in found if index is not None]
-    return indices if len(indices) == len(plan.rows) else []
+    index_of = {chunk.prefill: index for index, chunk in enumerate(chunks)}
+    behind = {
+        sequence: index_of[prefill]
+        for prefill in (*plan.done, *(chunk.prefill for chunk in plan.missing))
+        if prefill in index_of and prefill.request.max_tokens > 0
+        for sequence in prefill.sequences
+    }
+    return [behind[sequence] for sequence in plan.rows] if len(behind) == len(plan.rows) else []

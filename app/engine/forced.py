@@ -21,7 +21,8 @@ def take_forced(
     """What is taken at once, by row. ``constraints`` by row, after the masks of a step of ``num_rows`` were written.
 
     A chunk makes the step of all rows longer, and saves the steps that those whose tokens are forced would need: there
-    have to be enough such tokens for so many rows. What ends a sample needs no chunk.
+    have to be enough such tokens for so many rows. When there are no other rows, the chunk is that step. What ends a
+    sample needs no chunk.
     """
     if steps_per_chunk == math.inf:
         return {}
@@ -35,6 +36,8 @@ def take_forced(
         elif num_tokens > 1:
             chosen.append((row, constraint))
             num_saved += num_tokens - 1
+    if len(chosen) == num_rows:
+        steps_per_chunk -= 1
     if num_saved > steps_per_chunk * num_rows:
         taken |= {row: constraint.run_ahead() for row, constraint in chosen}
     return taken

@@ -116,7 +116,7 @@ class Runner:
         if plan.fresh:
             self._cache.zero(to_device(array("q", plan.fresh), torch.int64, self._device))
         chunks = plan.chunks if self._decoder.takes_missing else plan.chunks + plan.missing
-        prefilled = self._prefill(chunks, chunks_of_rows(plan)) if chunks else _Prefilled()
+        prefilled = self._prefill(chunks, chunks_of_rows(plan, chunks)) if chunks else _Prefilled()
         if not prefilled.is_typical:
             marks.clear()
         if plan.forks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 from app.engine.chunks import chunks_of_rows, pack
 from app.engine.sequence import Chunk, Prefill, Sequence, StepPlan
@@ -24,6 +25,10 @@ def whole(prefill: Prefill) -> Chunk:
     return Chunk(prefill, 0, prefill.num_tokens)
 
 
+def starts(plan: StepPlan) -> list[int]:
+    return chunks_of_rows(plan, plan.chunks)
+
+
 def test_chunks_lie_end_to_end_some_with_the_token_that_follows() -> None:
     a, b = prefill_of("a", 6, slot=4), prefill_of("b", 4, slot=2)
     chunks = (Chunk(a, 2, 4), whole(b))
@@ -37,20 +42,30 @@ def test_chunks_lie_end_to_end_some_with_the_token_that_follows() -> None:
 
 def test_each_row_has_the_chunk_behind_which_it_starts() -> None:
     a, b, c = prefill_of("a", 6, slot=1), prefill_of("b", 9, slot=2), prefill_of("c", 3, slot=3, n=2)
-    assert chunks_of_rows(plan_of([whole(a)], [a])) == [0]
-    assert chunks_of_rows(plan_of([whole(a), Chunk(b, 0, 3), whole(c)], [a, c])) == [0, 2, 2]
+    assert starts(plan_of([whole(a)], [a])) == [0]
+    assert starts(plan_of([whole(a), Chunk(b, 0, 3), whole(c)], [a, c])) == [0, 2, 2]
 
 
 def test_rows_that_do_not_all_start_behind_a_chunk_have_none() -> None:
     a, b, one = prefill_of("a", 6, slot=1), prefill_of("b", 9, slot=2), prefill_of("one", 1, slot=3)
     running = (prefill_of("r", 3, slot=4).sequences[0],)
-    assert chunks_of_rows(plan_of([whole(a)], [a], running)) == []
-    assert chunks_of_rows(plan_of([whole(a)], [a, one])) == []
-    assert chunks_of_rows(plan_of([Chunk(b, 0, 3)], [])) == []
-    assert chunks_of_rows(plan_of([], [one])) == []
+    assert starts(plan_of([whole(a)], [a], running)) == []
+    assert starts(plan_of([whole(a)], [a, one])) == []
+    assert starts(plan_of([Chunk(b, 0, 3)], [])) == []
+    assert starts(plan_of([], [one])) == []
 
 
 def test_prompts_without_tokens_to_follow_start_nothing() -> None:
     a, silent = prefill_of("a", 6, slot=1), prefill_of("s", 5, slot=2, max_tokens=0)
-    assert chunks_of_rows(plan_of([whole(silent), whole(a)], [silent, a])) == [1]
-    assert chunks_of_rows(plan_of([whole(silent)], [silent])) == []
+    assert starts(plan_of([whole(silent), whole(a)], [silent, a])) == [1]
+    assert starts(plan_of([whole(silent)], [silent])) == []
+
+
+def test_rows_that_lack_tokens_draw_behind_their_chunk_as_well() -> None:
+    a, forced = prefill_of("a", 6, slot=1), prefill_of("f", 4, slot=2)
+    plan = replace(plan_of([whole(a)], [a], tuple(forced.sequences)), missing=(whole(forced),))
+    assert chunks_of_rows(plan, plan.chunks + plan.missing) == [1, 0]
+    # what is missing is taken elsewhere
+    assert chunks_of_rows(plan, plan.chunks) == []
+    other = prefill_of("r", 3, slot=4).sequences[0]
+    assert chunks_of_rows(replace(plan, rows=(*plan.rows, other)), plan.chunks + plan.missing) == []
