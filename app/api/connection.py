@@ -43,11 +43,14 @@ class Connection:
         return bool(self._cycle.flow.write_paused)
 
     def watch(self, on_lost: Callable[[], None]) -> None:
-        """Have ``on_lost`` called once the client has gone, at once if it has."""
+        """Have ``on_lost`` called once the client has gone, at once if it has. To be called when the body is read."""
         self._owner.attended = self
         self.on_lost = on_lost
         if self._owner.is_lost:
             on_lost()
+        else:
+            # a body whose last piece was large leaves the server below not reading, not even the client's end
+            self._cycle.flow.resume_reading()
 
     def open(self, on_blocked: Callable[[bool], None]) -> bool:
         """Whether ``write`` will do anything, now that the head was sent: not for HEAD, which has no chunked body.

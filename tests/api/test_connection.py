@@ -66,11 +66,14 @@ async def test_what_was_gathered_is_lost_with_the_connection() -> None:
     assert wire.writes == []
 
 
+def make_cycle(chunked_encoding: bool | None = True) -> Any:
+    flow = SimpleNamespace(write_paused=False, resume_reading=lambda: None)
+    return SimpleNamespace(chunked_encoding=chunked_encoding, flow=flow)
+
+
 def make(wire: Wire, *, chunked_encoding: bool | None = True) -> tuple[Connection, Any]:
-    flow = SimpleNamespace(write_paused=False)
-    cycle: Any = SimpleNamespace(chunked_encoding=chunked_encoding, flow=flow)
     owner: Any = SimpleNamespace(corked=cork(wire), attended=None, is_lost=False)
-    return Connection(owner, cycle), owner
+    return Connection(owner, make_cycle(chunked_encoding)), owner
 
 
 async def test_chunks_are_framed() -> None:
@@ -113,7 +116,7 @@ async def test_a_client_that_has_gone_already_is_told_at_once() -> None:
 
 async def test_closing_leaves_the_next_request_its_news() -> None:
     first, owner = make(Wire())
-    second = Connection(owner, SimpleNamespace(chunked_encoding=True))  # type: ignore[arg-type]
+    second = Connection(owner, make_cycle())
     first.watch(lambda: None)
     second.watch(lambda: None)
     first.close()

@@ -75,6 +75,24 @@ async def test_leaving_while_the_prompt_is_tokenized(serve: Serve, engine: FakeE
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_leaving_after_a_body_that_came_in_one_large_piece(
+    serve: Serve, engine: FakeEngine, stream: bool
+) -> None:
+    engine.delay = 60.0
+    head, _, body = post({"prompt": [97] * 25_000, "stream": stream}).partition(b"\r\n\r\n")
+    async with serve() as server:
+        # a socket that blocks the loop: all of the body is there when the server reads on
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
+            client.sendall(head + b"\r\n\r\n")
+            await asyncio.sleep(0.1)
+            client.sendall(body)
+            await wait_for(lambda: engine.live)
+        await server.is_idle()
+
+
+@pytest.mark.anyio
 async def test_leaving_with_half_a_body(serve: Serve, engine: FakeEngine) -> None:
     async with serve() as server:
         _, writer = await server.connect()
