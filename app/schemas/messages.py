@@ -63,9 +63,8 @@ MESSAGES_SCHEMA = {
             "name": {"type": "string", "description": "tells apart several of the same role, where a template does"},
             "tool_calls": {
                 "type": "array",
-                "minItems": 1,
                 "items": _CALL_SCHEMA,
-                "description": "of an assistant: calls that it made",
+                "description": "of an assistant: calls that it made; an empty list is the same as none",
             },
             "tool_call_id": {"type": "string", "description": "of a tool, required: the call that this answers"},
             "reasoning_content": {"type": "string", "description": "of an assistant: thoughts, where a template asks"},
@@ -90,6 +89,9 @@ def _check_message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise BodyError(f"'{where}' should be an object", where)
     value = {key: item for key, item in value.items() if item is not None}
+    # what other servers answer where nothing is called, and clients send back
+    if value.get("tool_calls") == []:
+        del value["tool_calls"]
     role = value.get("role")
     if role not in ROLES:
         raise BodyError(f"'{where}.role' should be one of {', '.join(ROLES)}", f"{where}.role")
@@ -114,7 +116,8 @@ def _copy_text(value: Message, message: Message, field: str, where: str, most_ch
     if text is None:
         return
     if not isinstance(text, str) or len(text) > most_characters:
-        raise BodyError(f"'{where}.{field}' should be a string of at most {most_characters} characters", where)
+        where += f".{field}"
+        raise BodyError(f"'{where}' should be a string of at most {most_characters} characters", where)
     message[field] = text
 
 

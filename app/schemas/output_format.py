@@ -42,6 +42,7 @@ _OUTPUT_FIELDS = frozenset(
     ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 )
 _ONE_OF = ("json", "regex", "choice", "grammar", "json_object")
+NEEDS_ONE = f"'structured_outputs' should have exactly one of {', '.join(map(repr, _ONE_OF))}"
 
 
 class JsonSchemaFormat(WireModel):
@@ -86,10 +87,15 @@ class StructuredOutputs(WireModel):
 
     @model_validator(mode="after")
     def _check_one(self) -> StructuredOutputs:
-        if len(self.model_fields_set - set(self.model_extra or ())) != 1:
-            names = ", ".join(f"'{name}'" for name in _ONE_OF)
-            raise BodyError(f"'structured_outputs' should have exactly one of {names}", "structured_outputs")
+        # fields that are not known here may be known as not supported, which is told when the request is translated
+        if len(self.given) != 1 and not (self.model_extra and not self.given):
+            raise BodyError(NEEDS_ONE, "structured_outputs")
         return self
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the fields that demand a form: one, unless there are none but unknown ones."""
+        return self.model_fields_set - set(self.model_extra or ())
 
 
 class OutputFields(WireModel):

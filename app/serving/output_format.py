@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.engine.request import Grammar
-from app.schemas.output_format import OutputFields, ResponseFormat, StructuredOutputs
+from app.schemas.output_format import NEEDS_ONE, OutputFields, ResponseFormat, StructuredOutputs
 from app.serving.errors import InvalidRequest, UnsupportedParameter
 
 # what other servers let one say inside of these fields
@@ -53,7 +53,9 @@ def _of_response_format(wanted: ResponseFormat) -> tuple[Grammar, str]:
 
 def _of_structured_outputs(wanted: StructuredOutputs) -> tuple[Grammar, str]:
     _refuse_extra("structured_outputs", wanted.model_extra)
-    (name,) = wanted.model_fields_set - set(wanted.model_extra or ())
+    if not wanted.given:
+        raise InvalidRequest(NEEDS_ONE, param="structured_outputs")
+    (name,) = wanted.given
     value = getattr(wanted, name)
     name = name.removesuffix("_")
     param = f"structured_outputs.{name}"

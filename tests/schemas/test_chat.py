@@ -36,12 +36,14 @@ def test_messages_in_one_form() -> None:
         {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "audio": None, "other": 1},
         {"role": "tool", "content": "x", "tool_call_id": "c"},
         {"role": "developer", "content": ""},
+        {"role": "assistant", "content": "y", "tool_calls": []},
     ]
     assert parse(messages=messages).messages == [
         {"role": "system", "content": "a\nb", "name": "n"},
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "x", "tool_call_id": "c"},
         {"role": "developer", "content": ""},
+        {"role": "assistant", "content": "y"},
     ]
 
 
@@ -75,11 +77,12 @@ def image(url: str = "https://x") -> dict[str, Any]:
         ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0]", "'input_audio' is not"),
         ([{"role": "user", "content": [{"type": "<b>" * 99}]}], "messages[0].content[0]", "this is not supported"),
         ([{"role": "tool", "content": "a"}], "messages[0].tool_call_id", "required"),
-        ([{"role": "tool", "content": "a", "tool_call_id": 5}], "messages[0]", "a string"),
-        ([{"role": "user", "content": "a", "name": "x" * 257}], "messages[0]", "at most 256"),
+        ([{"role": "tool", "content": "a", "tool_call_id": 5}], "messages[0].tool_call_id", "a string"),
+        ([{"role": "user", "content": "a", "name": "x" * 257}], "messages[0].name", "at most 256"),
         ([{"role": "assistant", "content": "a", "function_call": {}}], "messages[0].function_call", "not supported"),
         ([{"role": "assistant", "content": "a", "audio": {"id": "x"}}], "messages[0].audio", "not supported"),
-        ([{"role": "assistant", "tool_calls": []}], "messages[0].tool_calls", "1 to"),
+        ([{"role": "assistant", "tool_calls": []}], "messages[0].content", "required"),
+        ([{"role": "assistant", "tool_calls": {}}], "messages[0].tool_calls", "1 to"),
         ([{"role": "assistant", "tool_calls": [{**CALL, "id": ""}]}], "messages[0].tool_calls[0].id", "1 to"),
         ([{"role": "assistant", "tool_calls": [{**CALL, "type": "x"}]}], "messages[0].tool_calls[0].type", "function"),
         (

@@ -154,6 +154,8 @@ async def test_the_best_are_chosen_by_the_mean_and_for_each_prompt(
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "response_format"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
         ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"nothing_known": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
     ],
 )
 def test_refusals(service: CompletionService, fields: dict[str, Any], param: str) -> None:
