@@ -154,7 +154,8 @@ class Scheduler:
         Each is under suspicion until it has passed a step by itself; ``fail`` ends the one that does not.
         """
         for prefill in self._settling:
-            prefill.sequences = prefill.live_sequences
+            # those that have more tokens by now are behind it
+            prefill.sequences = [s for s in prefill.live_sequences if s.position == len(prefill.tokens)]
             for sequence in prefill.sequences:
                 sequence.prefill = prefill
         ran = [sequence for sequence in (*self._running, *self._ending) if not sequence.is_finished]

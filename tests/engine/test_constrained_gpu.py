@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from app.engine.cuda import cuda_runner
 from app.engine.engine import Engine
+from app.engine.forced import STEPS_PER_CHUNK
 from app.engine.matchers import Compiler
 from app.engine.runner import Runner
 from mamba_core import MambaCache, MambaConfig, MambaForCausalLM
@@ -60,6 +62,27 @@ def test_rows_beside_masked_ones_draw_what_they_draw_alone(compiler: Compiler, m
     together = run(make_engine(compiler, mode, 60), *requests)
     alone = run(make_engine(compiler, mode, 60), *plain)
     assert {key: tokens for key, tokens in together.tokens.items() if key in alone.tokens} == alone.tokens
+
+
+@pytest.mark.parametrize("mode", ["fused", "graphs"])
+@pytest.mark.parametrize("num_slots", [1, 3, 40])
+def test_forced_tokens_taken_at_once_change_nothing(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, mode: str, num_slots: int
+) -> None:
+    requests = [request for request in crowd() if request.n <= num_slots]
+    transcripts, steps = [], []
+    for cost in (0.0, math.inf):
+        monkeypatch.setitem(STEPS_PER_CHUNK, "cuda", cost)
+        engine = make_engine(compiler, mode, num_slots)
+        while engine.prepare_more():
+            pass
+        transcripts.append(run(engine, *requests))
+        assert_obeyed(requests, transcripts[-1])
+        steps.append(engine.stats.num_steps)
+    at_once, one_by_one = (transcript.tokens for transcript in transcripts)
+    # numbers that lie within rounding of each other may be told apart differently
+    assert sum(at_once[key] == one_by_one[key] for key in one_by_one) >= len(one_by_one) - 2
+    assert steps[0] < steps[1]
 
 
 def test_a_tokenizer_with_fewer_tokens_than_the_model_is_enough(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def schema(**properties: object) -> Grammar:
                 "properties": properties,
                 "required": list(properties),
                 "additionalProperties": False,
-                "x-guidance": {"whitespace_flexible": False},
+                "x-guidance": {"whitespace_pattern": ""},
             }
         ),
     )
