@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,9 @@ from app.schemas.json import BodyError, parse_object
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+_OBJECT_TYPES = frozenset(("dict_type", "model_type", "model_attributes_type"))
+_SUBJECT = re.compile(r"(Input|Value|String|List|Dictionary) ")
 
 
 def refuse(kind: str, message: str) -> PydanticCustomError:
@@ -55,8 +59,15 @@ def _body_error(problem: Mapping[str, Any]) -> BodyError:
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, BodyError):
         return cause
-    param = ".".join(str(part) for part in problem["loc"])
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
     if problem["type"] == "missing":
         return BodyError(f"'{param}' is required", param)
-    message = str(problem["msg"]).removeprefix("Input ")
-    return BodyError(f"'{param}' {message}", param)
+    return BodyError(f"'{param}' {_what_it_should_be(problem)}", param)
+
+
+def _what_it_should_be(problem: Mapping[str, Any]) -> str:
+    """pydantic's sentence in the words of JSON, without the name of a class."""
+    if problem["type"] in _OBJECT_TYPES:
+        return "should be an object"
+    sentence, _, _ = str(problem["msg"]).partition(" after validation")
+    return _SUBJECT.sub("", sentence, count=1)
