@@ -23,7 +23,9 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ({"type": "auto"}, {"type": "none"}),
     "thinking": ({"type": "disabled"},),
-    **dict.fromkeys(("mcp_servers", "container", "output_config", "output_format", "stop", "n", "response_format"), ()),
+    **dict.fromkeys(("mcp_servers", "container", "context_management", "output_config", "output_format"), ()),
+    # of OpenAI's API
+    **dict.fromkeys(("stop", "n", "response_format"), ()),
 }
 _SHARED = ("messages", "max_tokens", "temperature", "top_p", "top_k", "stream")
 

@@ -110,10 +110,11 @@ async def test_a_failure_is_the_last_event(serve: Serve, tokenizer: Tokenizer) -
         ({"system": 5}, "system"),
         ({"system": [{"type": "image"}]}, "system[0]"),
         ({"stop_sequences": "a"}, "stop_sequences"),
-        ({"stop_sequences": [""]}, "stop_sequences.0"),
+        ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"temperature": 1.5}, "temperature"),
         ({"tools": [{"name": "f"}]}, "tools"),
         ({"thinking": {"type": "enabled"}}, "thinking"),
+        ({"context_management": {"edits": []}}, "context_management"),
     ],
 )
 async def test_what_is_refused(serve: Serve, fields: dict[str, Any], param: str) -> None:

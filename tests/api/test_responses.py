@@ -394,6 +394,10 @@ async def test_the_official_client(serve: Serve, tokenizer: Tokenizer) -> None:
             assert (await helper.get_final_response()).output_text == "one"
         with pytest.raises(openai.BadRequestError, match="stream"):
             await client.responses.retrieve(created.id, stream=True)
+        with pytest.raises(openai.BadRequestError, match="'include'"):
+            await client.responses.retrieve(created.id, include=["message.output_text.logprobs"])
+        with pytest.raises(openai.BadRequestError, match="'starting_after'"):
+            await client.responses.retrieve(created.id, starting_after=1)
         await client.responses.delete(created.id)
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(created.id)

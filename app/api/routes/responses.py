@@ -20,6 +20,8 @@ router = APIRouter(tags=["responses"])
 stored_router = APIRouter(tags=["responses"])
 
 _Id = Annotated[str, Path(description="id of a response that is kept")]
+# what may be asked of a kept response elsewhere, with the values that change nothing
+_UNSUPPORTED: dict[str, tuple[str, ...]] = {"stream": ("false",), "include": (), "starting_after": ()}
 _ERRORS = error_responses(400, 401, 404)
 
 
@@ -55,8 +57,9 @@ async def create_response(request: Request) -> Response:
 )
 async def get_response(response_id: _Id, request: Request, context: Context) -> Response:
     """As it was answered. Only for the key that asked for it."""
-    if request.query_params.get("stream", "false") != "false":
-        raise UnsupportedParameter("stream")
+    for name, value in request.query_params.items():
+        if (field := name.removesuffix("[]")) in _UNSUPPORTED and value not in _UNSUPPORTED[field]:
+            raise UnsupportedParameter(field)
     stored = context.responses.get(_owner(), response_id)
     return Response(stored.answer, media_type="application/json")
 
