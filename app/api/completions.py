@@ -16,7 +16,7 @@ from app.api.connection import Connection, find_connection
 from app.api.context import ServerContext
 from app.api.deadline import Deadline, read_deadline
 from app.api.dependencies import context_of
-from app.api.errors import as_request_error, error_response
+from app.api.errors import HttpError, as_request_error, error_response
 from app.api.observer import CompletionObserver
 from app.api.open_requests import ClientGone, OpenRequest
 from app.api.session import note_session
@@ -46,7 +46,12 @@ async def answer(
     settings = context.settings
     deadline = read_deadline(request.scope, settings.max_request_seconds)
     timeout = deadline.shorten(settings.body_timeout)
-    raw = await read_json_body(request.scope, request.receive, settings.max_body_size, timeout)
+    try:
+        raw = await read_json_body(request.scope, request.receive, settings.max_body_size, timeout)
+    except HttpError:
+        # if the client's own limit came first, that is what it has to know
+        deadline.check()
+        raise
     is_short = len(raw) <= _BYTES_IN_LOOP
     body = parse_request(model, raw) if is_short else await asyncio.to_thread(parse_request, model, raw)
     note_session(request.scope, body)

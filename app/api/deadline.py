@@ -15,7 +15,9 @@ from app.api.open_requests import OpenRequest
 
 HEADER = "X-Request-Timeout"
 
-_SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?")
+_SECONDS = re.compile(r"\d+(\.\d+)?")
+# some decades, which event loops can still count
+_MOST_SECONDS = 1e9
 
 
 class DeadlineExceeded(HttpError):
@@ -42,6 +44,11 @@ class Deadline:
         """What is left, or ``seconds`` if that is less."""
         return seconds if self._ends_at is None else max(0.0, min(seconds, self._ends_at - self._loop.time()))
 
+    def check(self) -> None:
+        """Raises DeadlineExceeded when the time has passed."""
+        if self._seconds is not None and not self.shorten(1.0):
+            raise DeadlineExceeded(self._seconds)
+
     @contextmanager
     def limit(self, request: OpenRequest) -> Generator[None, None, None]:
         """A block inside that of ``request``, which ends with DeadlineExceeded when the time has passed."""
@@ -62,5 +69,5 @@ def read_deadline(scope: Scope, max_seconds: float) -> Deadline:
         return Deadline(max_seconds or None)
     if len(values) > 1 or _SECONDS.fullmatch(values[0]) is None or float(values[0]) == 0:
         raise HttpError(400, f"{HEADER} should be a number of seconds above 0, such as 30 or 2.5")
-    asked = float(values[0])
+    asked = min(float(values[0]), _MOST_SECONDS)
     return Deadline(min(asked, max_seconds) if max_seconds else asked)

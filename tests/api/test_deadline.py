@@ -60,7 +60,8 @@ async def test_time_for_the_body_counts(serve: Serve) -> None:
         request = post(b"{", "X-Request-Timeout: 0.1", length=100)
         status, headers, body = await exchange(server.port, request)
         assert status == 408
-        check_error(headers, body, "timeout_error")
+        assert check_error(headers, body, "timeout_error")["code"] == "deadline_exceeded"
+        assert headers["x-should-retry"] == "false"
 
 
 @pytest.mark.anyio
@@ -77,7 +78,7 @@ async def test_who_is_in_time_notices_nothing(serve: Serve, engine: FakeEngine) 
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("value", ["", "0", "0.0", "-1", "soon", "nan", "inf", "1e3", "1s", "1 2", "٣", "1" * 10])
+@pytest.mark.parametrize("value", ["", "0", "0.0", "-1", "soon", "nan", "inf", "1e3", "1s", "1 2", "٣"])
 async def test_a_wrong_value_is_refused(serve: Serve, engine: FakeEngine, value: str) -> None:
     async with serve() as server:
         # the body never comes, and the answer does not wait for it
@@ -86,6 +87,17 @@ async def test_a_wrong_value_is_refused(serve: Serve, engine: FakeEngine, value:
         assert status == 400
         assert "X-Request-Timeout" in check_error(headers, body)["message"]
         assert engine.requests == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("value", ["1" * 10, "9" * 1000, "5.0", "007"])
+async def test_any_number_of_seconds_is_taken(serve: Serve, value: str) -> None:
+    async with serve() as server:
+        headers = {"x-request-timeout": value}
+        for stream in (False, True):
+            body = {"prompt": "x", "max_tokens": 1, "stream": stream}
+            response = await server.client.post("/v1/completions", json=body, headers=headers)
+            assert response.status_code == 200, response.text
 
 
 @pytest.mark.anyio
