@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import Match
 
 from app import __version__
 from app.api.context import ServerContext
@@ -110,14 +110,19 @@ async def _on_request_error(request: Request, error: Exception) -> Response:  # 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    headers = error.headers
     if error.status_code == 404:
         message = f"there is no route {request.method[:10]} {request.scope['path'][:80]!r}"
     elif error.status_code == 405:
-        message = f"this route does not take {request.method[:10]}"
+        message, headers = f"this route does not take {request.method[:10]}", {"Allow": _methods(request)}
     else:
         message = error.detail
-    return error_response(HttpError(error.status_code, message, headers=error.headers and _with_head(error.headers)))
+    return error_response(HttpError(error.status_code, message, headers=headers))
 
 
-def _with_head(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: f"{value}, HEAD" if (name, value) == ("Allow", "GET") else value for name, value in headers.items()}
+def _methods(request: Request) -> str:
+    """What the path takes, over all routes that share it."""
+    routes = [route for router in (*ROUTERS, docs.router) for route in router.routes if isinstance(route, APIRoute)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in matching for method in route.methods or ()}
+    return ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))

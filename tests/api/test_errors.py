@@ -95,6 +95,9 @@ async def test_unknown_route_and_method(serve: Serve) -> None:
         response = await server.client.get("/v1/completions")
         assert response.status_code == 405
         assert response.headers["allow"] == "POST"
+        response = await server.client.put("/v1/responses/resp_1")
+        assert response.status_code == 405
+        assert response.headers["allow"] == "DELETE, GET, HEAD"
         check_error(response.headers, response.content)
 
 
