@@ -128,7 +128,8 @@ class RootPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["root_path"] = self._root_path
         if not scope["path"].startswith(self._root_path + "/"):
-            scope["path"] = self._root_path + scope["path"]
+            is_prefix = scope["path"] == self._root_path
+            scope["path"] = self._root_path + ("/" if is_prefix else scope["path"])
         await self._app(scope, receive, send)
 
 

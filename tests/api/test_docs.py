@@ -53,6 +53,9 @@ async def test_the_start_of_the_server_leads_there(serve: Serve) -> None:
             response = await server.client.get(path, follow_redirects=True)
             assert response.status_code == 200
             assert response.url.path == path + "docs"
+    async with serve(root_path="/behind/proxy") as server:
+        response = await server.client.get("/behind/proxy", follow_redirects=True)
+        assert (response.status_code, response.url.path) == (200, "/behind/proxy/docs")
 
 
 @pytest.mark.anyio

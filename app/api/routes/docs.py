@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, RedirectResponse
 
 from app.api.errors import HttpError
@@ -62,8 +62,10 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
-async def root() -> Response:
-    return RedirectResponse("docs")
+async def root(request: Request) -> Response:
+    # seen from a path without a slash at its end, "docs" alone would be beside it
+    last = request.scope["raw_path"].rpartition(b"/")[2].decode("latin-1")
+    return RedirectResponse(f"{last}/docs" if last else "docs")
 
 
 @router.get("/docs")
