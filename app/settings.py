@@ -84,10 +84,18 @@ def _origin(value: str) -> str:
     return value
 
 
+def _split_each(value: Any) -> Any:
+    """The same of each string where there are several, as flags have them."""
+    if not isinstance(value, (list, tuple)):
+        return _split(value)
+    parts = [_split(part) for part in value]
+    return [each for part in parts for each in (part if isinstance(part, list) else [part])]
+
+
 NonEmpty = Annotated[str, Field(min_length=1)]
 DirectoryOrHubId = Annotated[NonEmpty, AfterValidator(_directory_or_hub_id)]
-Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)]
-Names = Annotated[tuple[NonEmpty, ...], NoDecode, BeforeValidator(_split)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split_each)]
+Names = Annotated[tuple[NonEmpty, ...], NoDecode, BeforeValidator(_split_each)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
 TemplateName = Annotated[NonEmpty, AfterValidator(_template_name)]

@@ -43,6 +43,17 @@ def test_lists_in_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "k2" not in repr(settings.read_api_keys())
 
 
+@pytest.mark.parametrize("names", [["x", "y"], ["x,y"], ["x, y"], ['["x", "y"]'], "x,y"])
+def test_lists_in_flags(names: object) -> None:
+    settings = load({"model": "a/b", "served_model_name": names})
+    assert settings.model_names == ("x", "y")
+    origins = ["https://a.example,https://b.example"]
+    assert load({"model": "a/b", "allowed_origins": origins}).allowed_origins == tuple(origins[0].split(","))
+    # a key may hold a comma
+    (key,) = load({"model": "a/b", "api_key": ["k,1"]}).read_api_keys()
+    assert key.secret == "k,1"
+
+
 def test_names_of_a_directory_and_of_a_hub_id(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     assert load({"model": str(tmp_path / "tiny")}).model_names == ("tiny",)
