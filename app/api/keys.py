@@ -67,7 +67,7 @@ class Account:
         """Count a request, for which ``leave`` must be called. Raises Overloaded, counting nothing, at a limit."""
         limits, now = self.limits, self._clock()
         if limits.max_concurrency and self._num_open >= limits.max_concurrency:
-            raise _refusal(f"at most {limits.max_concurrency} requests of this key may be open", _RETRY_CONCURRENCY)
+            raise _refusal(f"this key may have {limits.max_concurrency} requests open at once", _RETRY_CONCURRENCY)
         for window, limit, what in (
             (self._requests, limits.requests_per_minute, "requests"),
             (self._tokens, limits.tokens_per_minute, "tokens"),

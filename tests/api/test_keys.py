@@ -148,7 +148,7 @@ def test_limits_of_an_account() -> None:
     account = Account("alice", KeyLimits(2, 3, 100), clock)
     account.enter()
     account.enter()
-    with pytest.raises(Overloaded, match="at most 2 requests"):
+    with pytest.raises(Overloaded, match="may have 2 requests open"):
         account.enter()
     account.leave(60)
     account.leave(60)
