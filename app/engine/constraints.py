@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -74,7 +75,7 @@ class Constraint:
     @property
     def outlook(self) -> Outlook:
         """What is known, after a ``write``, of the tokens that follow whatever is drawn."""
-        if self._matcher is None or not self._ahead or self._is_broken or self._rules.must_draw:
+        if self._matcher is None or self._is_broken or self._rules.must_draw:
             return Outlook(0, False)
         return Outlook(len(self._ahead), self._matcher.is_stopped)
 
@@ -129,6 +130,15 @@ class Constraint:
             tokens.append(last)
             self.accept(last)
         return Forced(tuple(tokens), end)
+
+    def opening(self, most: int) -> tuple[int, ...]:
+        """Up to ``most`` tokens with which every sample begins, none of which ends it; asked before anything else."""
+        self._look_ahead()
+        if not self.outlook.num_tokens:
+            return ()
+        tokens = self.run_ahead().tokens[: max(most, 0)]
+        stops = self._rules.stops
+        return tuple(takewhile(lambda token: not stops[token // 32] & _bit(token), tokens))
 
     def _look_ahead(self) -> None:
         if self._matcher is not None and not self._ahead:

@@ -167,7 +167,7 @@ class Engine:
             if made is plan:
                 events += self._scheduler.force(plan, forced)
             events += self._scheduler.commit(made, result)
-        if self._in_flight is not None and forced:
+        if self._in_flight is not None:
             events += self._scheduler.force(plan, forced)
         return events
 

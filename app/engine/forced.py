@@ -32,7 +32,10 @@ def take_forced(
     for row, constraint in constraints:
         num_tokens, is_end = constraint.outlook
         if is_end:
-            taken[row] = constraint.run_ahead()
+            run = constraint.run_ahead()
+            # there may be several ends of text to choose from
+            if run.tokens:
+                taken[row] = run
         elif num_tokens > 1:
             chosen.append((row, constraint))
             num_saved += num_tokens - 1

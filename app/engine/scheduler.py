@@ -10,7 +10,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from app.engine.request import Event, FinishReason, GenerationRequest, PromptLogprobsEvent, TokenLogprobs
+from app.engine.request import (
+    Event,
+    FinishReason,
+    GenerationRequest,
+    PromptLogprobsEvent,
+    TokenEvent,
+    TokenLogprobs,
+)
 from app.engine.sequence import Chunk, Constraint, Forced, Prefill, Sequence, StepPlan, StepResult
 from app.engine.share import PrefillShare
 from app.engine.slots import SCRATCH_SLOT, SlotPool
@@ -84,7 +91,10 @@ class Scheduler:
             sequence.constraint = constraint
         self._live[request.request_id] = dict(enumerate(sequences))
         self._num_live += request.n
-        self._queue(_start_prefill(request, sequences, array("q", request.prompt_token_ids)))
+        prefill = _start_prefill(request, sequences, array("q", request.prompt_token_ids))
+        if (first := sequences[0].constraint) is not None:
+            _open(prefill, first.opening(request.max_tokens - 1))
+        self._queue(prefill)
 
     def check(self, request: GenerationRequest) -> None:
         """Raise ValueError when a request can never run."""
@@ -123,12 +133,17 @@ class Scheduler:
         return plan
 
     def force(self, plan: StepPlan, forced: Mapping[int, Forced]) -> list[Event]:
-        """Book the tokens that follow whatever rows of a step draw, once it is launched and all before are committed.
+        """Book the tokens that are known once a step is launched, and all before are committed: those with which the
+        samples that start begin, and those that follow whatever rows draw.
 
-        What the step draws for these rows is not looked at, and their states lack the tokens but the last, which is
+        What the step draws for the latter is not looked at, and their states lack the tokens but the last, which is
         the next one: the next plan has them.
         """
         events: list[Event] = []
+        for prefill in plan.done:
+            opening, prefill.opening = prefill.opening, ()
+            for sequence in prefill.live_sequences if opening else ():
+                events += [TokenEvent(prefill.request.request_id, sequence.sample, token) for token in opening]
         for row, run in forced.items():
             sequence = plan.rows[row]
             if not sequence.is_finished:
@@ -391,3 +406,14 @@ def _start_prefill(request: GenerationRequest, sequences: list[Sequence], tokens
     for sequence in sequences:
         sequence.prefill = prefill
     return prefill
+
+
+def _open(prefill: Prefill, opening: tuple[int, ...]) -> None:
+    """Have sequences that have no output yet begin with these tokens."""
+    if not opening:
+        return
+    prefill.tokens.extend(opening)
+    prefill.opening = opening
+    for sequence in prefill.sequences:
+        sequence.output.extend(opening)
+        sequence.next_token = opening[-1]

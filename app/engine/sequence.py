@@ -34,6 +34,9 @@ class Constraint(Protocol):
     def run_ahead(self) -> Forced:
         """Stand behind all tokens that follow whatever is drawn."""
 
+    def opening(self, most: int) -> tuple[int, ...]:
+        """Up to ``most`` tokens with which every sample begins, none of which ends it; asked before anything else."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -94,7 +97,8 @@ class Prefill:
 
     The samples of a request share one until it is done. Its state grows in ``slot``, the slot of the first sequence.
     ``num_done`` counts the tokens that planned steps take, ``num_reported`` the prompt positions whose
-    log-probabilities have been delivered.
+    log-probabilities have been delivered. ``opening`` are those of the tokens, at their end, that belong to the output
+    of every sequence and have not been told yet.
     """
 
     request: GenerationRequest
@@ -102,6 +106,7 @@ class Prefill:
     tokens: array[int]
     num_done: int = 0
     num_reported: int = 0
+    opening: tuple[int, ...] = ()
 
     @property
     def live_sequences(self) -> list[Sequence]:

@@ -171,7 +171,7 @@ def test_max_tokens_cuts_a_run_short(make_engine: EngineMaker, max_tokens: int) 
 
 
 def test_one_text_takes_one_step(make_engine: EngineMaker) -> None:
-    engine = make_engine()
+    engine = make_engine(prefill_budget=20)
     transcript = run(engine, request_of("r", regex("abcdiopxyz"), n=3))
     assert engine.stats.num_steps == 1
     assert {spell(tokens) for tokens in transcript.tokens.values()} == {"abcdiopxyz"}
@@ -179,7 +179,38 @@ def test_one_text_takes_one_step(make_engine: EngineMaker) -> None:
     transcript = run(engine, request_of("s", regex("abcdiopxyz"), stop=()))
     assert transcript.ends["s", 0].token_id is None
     assert transcript.reason("s") is FinishReason.STOP
-    assert engine.stats.num_steps == 2
+    # when the end is found the next step may be planned
+    assert engine.stats.num_steps in (2, 3)
+
+
+def test_what_every_sample_begins_with_is_taken_with_the_prompt(make_engine: EngineMaker) -> None:
+    engine = make_engine(prefill_budget=4)
+    transcript = run(engine, request_of("r", regex("abcdio[xy]{3}"), n=3, temperature=2.0, seed=1))
+    assert all(spell(tokens).startswith("abcdio") for tokens in transcript.tokens.values())
+    # the prompt but its last token, and that with all but the last of these: once for all samples
+    assert engine.stats.num_prefill_tokens == len(PROMPT) - 1 + 6
+    assert engine.stats.num_decode_tokens in (3 * 4, 3 * 3)
+    assert [event.token_id for event in transcript.events["r", 2]] == transcript.tokens["r", 2]
+
+
+def test_a_beginning_neither_ends_a_sample_nor_exceeds_it(make_engine: EngineMaker) -> None:
+    (stop,) = tokens_of("d")
+    engine = make_engine()
+    for max_tokens, stops, expected in [(1, (), "a"), (2, (), "ab"), (6, (stop,), "abcd"), (2, (stop,), "ab")]:
+        transcript = run(engine, request_of("r", regex("abcdio[xy]"), max_tokens=max_tokens, stop=stops))
+        assert spell(transcript.tokens["r", 0]) == expected
+        assert transcript.reason("r") is (FinishReason.STOP if expected == "abcd" else FinishReason.LENGTH)
+
+
+def test_several_ends_of_text_are_drawn_from(mode: str, tmp_path: Path) -> None:
+    ends = (END, *tokens_of("z"))
+    cache = make_cache(2)
+    runner = make_runner(mode, HistoryModel(), cache, VOCAB_SIZE)
+    grammars = make_compiler(tmp_path, ends=ends)
+    engine = Engine(runner, num_slots=2, vocab_size=VOCAB_SIZE, prefill_budget=9, grammars=grammars)
+    transcript = run(engine, request_of("r", regex("abc"), stop=ends))
+    assert spell(transcript.tokens["r", 0][:3]) == "abc"
+    assert transcript.ends["r", 0].stop_reason in ends
 
 
 def test_a_stop_token_in_a_run_ends_the_sample(make_engine: EngineMaker) -> None:
@@ -194,6 +225,21 @@ def test_tokens_of_rows_that_want_log_probabilities_are_drawn(make_engine: Engin
     transcript = run(engine, request_of("r", regex("abcdiopxyz"), logprobs=1))
     assert engine.stats.num_steps >= 11
     assert all(event.logprobs is not None for event in transcript.events["r", 0])
+
+
+def test_an_abort_before_the_first_step_tells_no_tokens(make_engine: EngineMaker) -> None:
+    engine = make_engine(num_slots=1)
+    engine.submit(make_request("p", PROMPT, 5))
+    engine.submit(request_of("r", regex("abcdiopxyz")))
+    while engine.is_compiling:
+        engine.step()
+    engine.abort("r")
+    transcript = Transcript()
+    while engine.has_work:
+        transcript.add(engine.step())
+        engine.check_integrity()
+    assert ("r", 0) not in transcript.tokens
+    assert transcript.reason("r") is FinishReason.ABORT
 
 
 def test_a_text_that_is_longer_than_a_run(make_engine: EngineMaker) -> None:
