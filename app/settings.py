@@ -19,6 +19,7 @@ ENV_PREFIX = "MAMBA_"
 BUILT_IN_TEMPLATES = ("chatml",)
 # other programs have variables that begin as ours do, so only a near miss is taken for a mistake
 _NEARLY_OURS = 0.88
+_ROOT_PATH = re.compile(r"(/[\w.~%-]+)*", re.ASCII)
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#A-Z]+")
 
 
@@ -92,12 +93,20 @@ def _split_each(value: Any) -> Any:
     return [each for part in parts for each in (part if isinstance(part, list) else [part])]
 
 
+def _root_path(value: str) -> str:
+    path = value.rstrip("/")
+    if _ROOT_PATH.fullmatch(path) is None:
+        raise ValueError("a path begins with a slash, and holds letters, digits and any of . _ ~ % - between slashes")
+    return path
+
+
 NonEmpty = Annotated[str, Field(min_length=1)]
 DirectoryOrHubId = Annotated[NonEmpty, AfterValidator(_directory_or_hub_id)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split_each)]
 Names = Annotated[tuple[NonEmpty, ...], NoDecode, BeforeValidator(_split_each)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 ExistingFile = Annotated[Path, AfterValidator(_existing_file)]
+RootPath = Annotated[str, AfterValidator(_root_path)]
 TemplateName = Annotated[NonEmpty, AfterValidator(_template_name)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_a_bool)]
@@ -160,7 +169,7 @@ class Settings(BaseSettings):
     port: Annotated[int, BeforeValidator(_not_a_bool)] = _setting(
         8000, "Server", "port; 0 for a free one", ge=0, le=65535
     )
-    root_path: str = _setting("", "Server", "path under which a proxy serves this", pattern=r"^(/[\w.~%-]+)*$")
+    root_path: RootPath = _setting("", "Server", "path under which a proxy serves this, such as /llm")
     api_key: Secrets = _setting(
         (), "Server", "keys of which a request must carry one, each KEY or 'NAME = KEY'; open when none is given"
     )
@@ -250,7 +259,8 @@ class Settings(BaseSettings):
         try:
             return join_keys(keys)
         except ValueError as error:
-            raise SettingsError(f"--api-key-file: {error}") from None
+            setting = "--api-key" if self.api_key_file is None else "--api-key-file"
+            raise SettingsError(f"{setting}: {error}") from None
 
     @classmethod
     def settings_customise_sources(
@@ -306,7 +316,7 @@ def _describe(problem: dict[str, Any]) -> str:
     field = str(problem["loc"][0])
     if field == "model" and problem["type"] == "missing":
         return "no model given: mamba-serve MODEL, or --model"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list of values")
     given = (
         "" if field == "api_key" or problem["type"] == "value_error" else f" (given: {str(problem['input'])[:80]!r})"
     )
@@ -331,7 +341,10 @@ def _suggest(name: str, known: list[str], cutoff: float = 0.6) -> str:
 
 def _read_key_file(path: Path, limits: KeyLimits, first_number: int) -> list[ApiKey]:
     try:
-        keys = parse_keys(path.read_text(encoding="utf-8").splitlines(), limits, first_number)
+        # with the mark that some editors put at a file's beginning
+        keys = parse_keys(path.read_text(encoding="utf-8-sig").splitlines(), limits, first_number)
+    except UnicodeDecodeError:
+        raise SettingsError(f"--api-key-file: {path} is not text in UTF-8") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"--api-key-file: {path}: {error}") from None
     if not keys:

@@ -54,6 +54,11 @@ def test_lists_in_flags(names: object) -> None:
     assert key.secret == "k,1"
 
 
+@pytest.mark.parametrize(("given", "path"), [("/", ""), ("/llm/", "/llm"), ("/llm/v2", "/llm/v2"), ("", "")])
+def test_root_paths(given: str, path: str) -> None:
+    assert load({"model": "a/b", "root_path": given}).root_path == path
+
+
 def test_names_of_a_directory_and_of_a_hub_id(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     assert load({"model": str(tmp_path / "tiny")}).model_names == ("tiny",)
@@ -80,6 +85,18 @@ def test_keys_from_a_file(tmp_path: Path) -> None:
         ApiKey("sk-2", "alice", usual),
         ApiKey("sk-3", "batch", KeyLimits(max_concurrency=2, requests_per_minute=60)),
     )
+
+
+@pytest.mark.parametrize(("content", "names"), [(b"\xef\xbb\xbfalice = k\r\n", ["alice"]), (b"\xff = k", None)])
+def test_bytes_of_a_key_file(tmp_path: Path, content: bytes, names: list[str] | None) -> None:
+    keys = tmp_path / "keys"
+    keys.write_bytes(content)
+    if names is None:
+        with pytest.raises(SettingsError, match="UTF-8"):
+            load({"model": "a/b", "api_key_file": str(keys)})
+    else:
+        read = load({"model": "a/b", "api_key_file": str(keys)}).read_api_keys()
+        assert [key.name for key in read] == names
 
 
 @pytest.mark.parametrize(
@@ -129,7 +146,11 @@ def test_wrong_key_files(tmp_path: Path, text: str, words: list[str]) -> None:
         ({"model": "a/b", "memory_fraction": "1.5"}, ["--memory-fraction"]),
         ({"model": "a/b", "shutdown_timeout": "-1"}, ["--shutdown-timeout"]),
         ({"model": "a/b", "max_body_size": "10 apples"}, ["--max-body-size"]),
-        ({"model": "a/b", "root_path": "no/slash"}, ["--root-path"]),
+        ({"model": "a/b", "root_path": "no/slash"}, ["--root-path", "begins with a slash"]),
+        ({"model": "a/b", "root_path": "/a b"}, ["--root-path"]),
+        ({"model": "a/b", "root_path": "/a//b"}, ["--root-path"]),
+        ({"model": "a/b", "api_key": ["alice = sk-secret", "bob = sk-secret"]}, ["--api-key: ", "same key"]),
+        ({"model": "a/b", "api_key": 5}, ["--api-key", "list"]),
         ({"model": "a/b", "api_key": [""]}, ["--api-key", "everybody"]),
         ({"model": "a/b", "api_key": ["sk spaced"]}, ["--api-key"]),
         ({"model": "a/b", "api_key_file": "/nothing"}, ["--api-key-file", "/nothing"]),
