@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -115,6 +116,48 @@ def test_the_engine_obeys_every_rule_of_a_request(server: Process) -> None:
     # a prompt that is cut is the same as a shorter one
     cut = complete(prompt="what? hello", truncate_prompt_tokens=5, temperature=0, logprobs=0)
     assert cut == complete(temperature=0, logprobs=0)
+
+
+@pytest.mark.parametrize("way", [{"temperature": 0}, {"seed": 7}, {"seed": 8, "n": 2, "frequency_penalty": 1.0}])
+def test_forced_tokens_are_those_that_would_have_been_drawn(server: Process, way: dict[str, Any]) -> None:
+    names = ("customer_has_confirmed_the_address", "payment_is_expected_within_thirty_days")
+    schema = {
+        "type": "object",
+        "properties": {name: {"enum": ["yes", "no"]} for name in names},
+        "required": list(names),
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema | {"additionalProperties": False}}}
+    body = {"prompt": "hello", "max_tokens": 400, "response_format": form, **way}
+
+    def num_steps() -> float:
+        page = httpx.get(server.url + "/metrics").text
+        return float(re.findall(r"^mamba_engine_steps_total (\S+)$", page, re.MULTILINE)[0])
+
+    def complete(**fields: Any) -> tuple[dict[str, Any], float]:
+        before = num_steps()
+        response = httpx.post(f"{server.url}/v1/completions", json=body | fields, timeout=60)
+        assert response.status_code == 200, response.text
+        return response.json(), num_steps() - before
+
+    at_once, few = complete(return_token_ids=True)
+    # log-probabilities are told of tokens that are drawn
+    drawn, many = complete(logprobs=0, return_token_ids=True)
+    assert few < many - 0.8 * sum(map(len, names))
+    assert at_once["usage"] == drawn["usage"]
+    for choice, expected in zip(at_once["choices"], drawn["choices"], strict=True):
+        assert set(json.loads(choice["text"])) == set(names)
+        assert choice == {**expected, "logprobs": None}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=60) as response:
+        texts = [""] * len(at_once["choices"])
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    texts[choice["index"]] += choice["text"]
+    assert texts == [choice["text"] for choice in at_once["choices"]]
+    # a text that ends the output in the middle of what is certain
+    cut = complete(stop=["confirmed_"])[0]["choices"][0]
+    assert cut["text"] == at_once["choices"][0]["text"].partition("confirmed_")[0]
+    assert cut["finish_reason"] == "stop"
 
 
 def test_the_best_sample_is_the_likeliest_per_token(server: Process) -> None:
