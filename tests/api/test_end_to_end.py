@@ -154,9 +154,13 @@ def test_forced_tokens_are_those_that_would_have_been_drawn(server: Process, way
                 for choice in json.loads(line[6:])["choices"]:
                     texts[choice["index"]] += choice["text"]
     assert texts == [choice["text"] for choice in at_once["choices"]]
+    form["json_schema"]["schema"]["x-guidance"] = {"whitespace_pattern": ""}
+    compact, fewer = complete()
+    assert not set(compact["choices"][0]["text"]) & set(" \n")
+    assert fewer < 20
     # a text that ends the output in the middle of what is certain
     cut = complete(stop=["confirmed_"])[0]["choices"][0]
-    assert cut["text"] == at_once["choices"][0]["text"].partition("confirmed_")[0]
+    assert cut["text"] == compact["choices"][0]["text"].partition("confirmed_")[0]
     assert cut["finish_reason"] == "stop"
 
 
