@@ -123,7 +123,20 @@ def make_schema(app: FastAPI) -> dict[str, Any]:
     schema["security"] = [{"key": []}, {}]
     for path, operation in _operations(schema):
         _complete(path, operation, schemas)
+    _drop_null_defaults(schemas)
     return schema
+
+
+def _drop_null_defaults(node: Any) -> None:
+    """Null is how a field is left out, and most types do not have it: a default that is no value of its field."""
+    if isinstance(node, dict):
+        if node.get("default", ...) is None:
+            del node["default"]
+        for child in node.values():
+            _drop_null_defaults(child)
+    elif isinstance(node, list):
+        for child in node:
+            _drop_null_defaults(child)
 
 
 def _operations(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -142,10 +155,14 @@ def _complete(path: str, operation: dict[str, Any], schemas: dict[str, Any]) -> 
     operation.setdefault("parameters", []).append(_REQUEST_ID)
     if path in _OPEN_PATHS:
         operation["security"] = []
+    content = responses["200"]["content"]
+    if "text/plain" in content:
+        # the framework tells of JSON on every route
+        del content["application/json"]
     fields = _body_fields(operation, schemas)
     if "stream" in fields:
         operation["parameters"] += [_REQUEST_TIMEOUT, _SESSION_ID]
-        responses["200"]["content"] |= _EVENTS
+        content |= _EVENTS
 
 
 def _body_fields(operation: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:

@@ -68,11 +68,15 @@ def test_every_field_tells_its_meaning(schema: dict[str, Any]) -> None:
     assert [name for name, model in models.items() if not model.get("description")] == []
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-def test_every_field_of_a_request_tells_its_range_and_default(schema: dict[str, Any], name: str) -> None:
-    model = schema["components"]["schemas"][name]
-    fields = model["properties"]
-    assert set(fields) - set(model.get("required", ())) == {field for field in fields if "default" in fields[field]}
+@pytest.mark.parametrize("model", BODIES, ids=REQUESTS)
+def test_every_field_of_a_request_tells_its_range_and_default(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    told = schema["components"]["schemas"][model.__name__]
+    fields = told["properties"]
+    assert set(told.get("required", ())) == {name for name, field in model.model_fields.items() if field.is_required()}
+    optional = {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
+    # a field that is null when left out has no default to tell
+    defaults = {name: default for name, default in optional.items() if default is not None}
+    assert {name: field["default"] for name, field in fields.items() if "default" in field} == defaults
     for field, content in fields.items():
         for node in nodes(content):
             if node.get("type") in ("integer", "number"):
@@ -81,6 +85,15 @@ def test_every_field_of_a_request_tells_its_range_and_default(schema: dict[str, 
                 assert HIGHEST & set(node) or "token id" in content["description"] or field == "prompt", field
             if node.get("type") == "array":
                 assert "items" in node, field
+
+
+def test_no_default_is_null(schema: dict[str, Any]) -> None:
+    # most types have no null, and tools that read the document refuse a default that its own schema refuses
+    assert [node for node in nodes(schema) if node.get("default", ...) is None] == []
+
+
+def test_the_metrics_page_is_text(schema: dict[str, Any]) -> None:
+    assert set(schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
 
 
 def test_every_route_tells_its_errors(schema: dict[str, Any]) -> None:
