@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mamba_core import MambaCache, MambaForCausalLM, fused_step, single_step
 from mamba_core.ops import Packing
-from mamba_core.ops.triton import persistent_step_kernel
+from mamba_core.ops.triton import persistent
 from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, is_applicable, launch_constants, locate
 from mamba_core.ops.triton.step import MAX_TILES
 from mamba_core.quantization import quantize_int8
@@ -53,8 +53,8 @@ def make_layer(width: int = 512, rank: int = 32, states: int = 16, taps: int = 4
 
 def test_the_table_has_the_columns_the_kernel_reads() -> None:
     names = [field.name.upper() for field in fields(LayerWeights)]
-    assert [getattr(persistent_step_kernel, name).value for name in names] == list(range(len(names)))
-    assert persistent_step_kernel.FIELDS.value == len(names)
+    assert [getattr(persistent, name).value for name in names] == list(range(len(names)))
+    assert persistent.FIELDS.value == len(names)
 
 
 def test_the_table_holds_addresses_and_zero_for_what_is_missing() -> None:

@@ -25,22 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mamba_core.ops.triton.math import LOG2_E
-from mamba_core.ops.triton.persistent_rows_tiles import (
-    HIGH,
-    TILE,
-    WIDE,
-    _copy_weights,
-    _indices_2d,
-    _indices_3d,
-    _inputs,
-    _multiply_block,
-    _multiply_rows,
-    _nothing,
-    _own_channels,
-    _take,
-    _total,
-)
-from mamba_core.ops.triton.persistent_step_kernel import (
+from mamba_core.ops.triton.persistent import (
     CONV_BIAS,
     COPIER_REGISTERS,
     DECAY,
@@ -58,6 +43,21 @@ from mamba_core.ops.triton.persistent_step_kernel import (
     _sigmoid,
     _softplus,
     _view,
+)
+from mamba_core.ops.triton.persistent_rows_tiles import (
+    HIGH,
+    TILE,
+    WIDE,
+    _copy_weights,
+    _indices_2d,
+    _indices_3d,
+    _inputs,
+    _multiply_block,
+    _multiply_rows,
+    _nothing,
+    _own_channels,
+    _take,
+    _total,
 )
 
 

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mamba_core.ops.triton.persistent_step_kernel import (
+from mamba_core.ops.triton.persistent import (
     DT_PROJ,
     FIELDS,
     IN_PROJ,
