@@ -256,7 +256,7 @@ class ResponseObject(BaseModel):
     incomplete_details: IncompleteDetails | None = Field(default=None, description="why it is incomplete")
     output: list[OutputMessage | OutputCall] = Field(description="messages and calls, in the model's order")
     usage: ResponseUsage | None = Field(default=None, description="token counts; null until it is over")
-    store: bool = Field(description="whether it is kept; false where the server keeps none")
+    store: bool = Field(description="whether it is kept; false where the server keeps none, or none so large")
     previous_response_id: str | None = Field(default=None, description="the response that this one goes on after")
 
 

@@ -86,7 +86,7 @@ class ResponseJob:
         target = self.find_target(body.model)
         before = orjson.loads(self.previous.conversation) if self.previous is not None else []
         messages = [*before, *body.input]
-        said = _to_json(_said(body, is_kept=self.keep is not None), "text.format.schema")
+        said = _to_json(_said(body), "text.format.schema")
         try:
             prepared = self.translator.translate(_chat_request(body, messages), target, request_id)
         except RequestError as error:
@@ -175,14 +175,13 @@ def _in_own_words(error: RequestError) -> RequestError:
     return error
 
 
-def _said(body: ResponsesRequest, *, is_kept: bool) -> Mapping[str, Any]:
+def _said(body: ResponsesRequest) -> Mapping[str, Any]:
     """The fields of the request that its answer repeats."""
     wanted = body.text.format if body.text is not None else None
     form = {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_unset=True)
     return {
         "instructions": body.instructions,
         "previous_response_id": body.previous_response_id,
-        "store": is_kept,
         "max_output_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,

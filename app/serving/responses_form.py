@@ -14,7 +14,7 @@ from app.serving.forms import ChoicePart
 from app.serving.responses_output import Item, Output, message_of
 from app.serving.responses_store import StoredResponse
 
-Keep = Callable[[str, StoredResponse], None]
+Keep = Callable[[str, StoredResponse], bool]
 
 
 class ResponseForm:
@@ -22,7 +22,7 @@ class ResponseForm:
 
     chat: the form of the same answer in a chat, which knows tokens and tools. said: fields that the answer repeats, as
     a JSON object. conversation: the messages before the answer, as a JSON list. keep: told of the response when it is
-    over; None if it is not to be kept.
+    over, and says whether it is kept; None if it is not to be.
     """
 
     __slots__ = ("_conversation", "_encoder", "_id", "_keep", "_said", "chat")
@@ -64,10 +64,14 @@ class ResponseForm:
 
     def end(self, items: Sequence[Item], finish_reason: str | None, usage: dict[str, Any]) -> bytes:
         """The whole response, which is kept from now on."""
-        answer = self.snapshot(status_of(finish_reason), items, usage=usage)
-        if self._keep is not None:
-            conversation = b"%b,%b]" % (self._conversation[:-1], orjson.dumps(message_of(items)))
-            self._keep(self._id, StoredResponse(answer, conversation))
+        status = status_of(finish_reason)
+        answer = self.snapshot(status, items, usage=usage)
+        if self._keep is None:
+            return answer
+        conversation = b"%b,%b]" % (self._conversation[:-1], orjson.dumps(message_of(items)))
+        if not self._keep(self._id, StoredResponse(answer, conversation)):
+            self._keep = None
+            answer = self.snapshot(status, items, usage=usage)
         return answer
 
     def snapshot(
@@ -89,6 +93,7 @@ class ResponseForm:
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "output": items,
             "usage": None if usage is None else _usage(usage),
+            "store": self._keep is not None and error is None,
         }
         return b"%b,%b" % (orjson.dumps(response)[:-1], self._said[1:])
 

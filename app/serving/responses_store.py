@@ -20,7 +20,7 @@ class ResponseNotFound(RequestError):
 
     def __init__(self) -> None:
         super().__init__(
-            "no response of this id is kept: it never was, belongs to another key, or gave way to later ones",
+            "no response of this id is kept: it never was, was too large, belongs to another key, or gave way to others",
             param="response_id",
         )
 
@@ -65,15 +65,16 @@ class ResponseStore:
         """What is kept."""
         return self._num_bytes
 
-    def put(self, owner: str | None, response_id: str, response: StoredResponse) -> None:
-        """Keep a response of a new id; others give way to it."""
+    def put(self, owner: str | None, response_id: str, response: StoredResponse) -> bool:
+        """Keep a response of a new id; others give way to it. False if it cannot be kept."""
         if not self.is_open or response.num_bytes > self._max_bytes:
-            return
+            return False
         self._responses[owner, response_id] = response
         self._num_bytes += response.num_bytes
         while len(self._responses) > self._max_responses or self._num_bytes > self._max_bytes:
             _, oldest = self._responses.popitem(last=False)
             self._num_bytes -= oldest.num_bytes
+        return True
 
     def get(self, owner: str | None, response_id: str) -> StoredResponse:
         """Counts as use. Raises ResponseNotFound."""

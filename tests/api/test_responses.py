@@ -157,7 +157,7 @@ async def test_a_failure_in_a_stream(serve: Serve, tokenizer: Tokenizer, fail_at
         assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
         failed = events[-1]
         assert failed["type"] == "response.failed"
-        assert failed["response"]["status"] == "failed"
+        assert (failed["response"]["status"], failed["response"]["store"]) == ("failed", False)
         assert failed["response"]["error"]["code"] == "server_error"
         texts = [part["text"] for item in failed["response"]["output"] for part in item["content"]]
         assert texts == (["x" * fail_at] if fail_at else [])
@@ -217,6 +217,18 @@ async def test_what_is_not_to_be_kept_is_not(serve: Serve) -> None:
         assert (await server.client.get(f"/v1/responses/{body['id']}")).status_code == 404
         refused = await respond(server, previous_response_id=body["id"])
         assert refused.json()["error"]["message"] == "this server keeps no responses to go on after"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_too_large_is_not_kept_and_says_so(serve: Serve, stream: bool) -> None:
+    async with serve(max_stored_bytes=2500) as server:
+        for prompt, is_kept in (("short", True), ("long" * 500, False)):
+            answer = await respond(server, input=prompt, max_output_tokens=3, stream=stream)
+            body = events_of(answer)[-1]["response"] if stream else answer.json()
+            assert body["store"] is is_kept
+            got = await server.client.get(f"/v1/responses/{body['id']}")
+            assert got.status_code == (200 if is_kept else 404)
+            assert got.json() == body or not is_kept
 
 
 async def test_nobody_sees_the_responses_of_another_key(serve: Serve) -> None:
