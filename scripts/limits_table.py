@@ -28,13 +28,13 @@ its default. Whatever is refused with a status costs next to nothing, and every 
 """  # noqa: E501 (lines of prose are longer here)
 # what the constants of the schemas bound
 FIELDS = {
-    "generation.MAX_STOPS": "`stop`: strings",
-    "generation.MAX_STOP_CHARACTERS": "`stop`: characters of a string",
+    "generation.MAX_STOPS": "`stop`, `stop_sequences`: strings",
+    "generation.MAX_STOP_CHARACTERS": "`stop`, `stop_sequences`: characters of a string",
     "generation.MAX_STOP_TOKEN_IDS": "`stop_token_ids`: ids",
     "generation.MAX_LOGIT_BIAS": "`logit_bias`: ids",
     "sampling.MAX_NAME_CHARACTERS": "`model`: characters",
-    "messages.MAX_MESSAGES": "`messages`: messages",
-    "messages.MAX_PARTS": "`messages`: parts of one message",
+    "messages.MAX_MESSAGES": "`messages`, `input`: messages or items",
+    "messages.MAX_PARTS": "`messages`, `input`, `system`: parts of one message",
     "messages.MAX_MESSAGE_CHARACTERS": "`messages`: characters of all contents",
     "messages.MAX_NAME_CHARACTERS": "`messages`: characters of `name` and `tool_call_id`",
     "tools.MAX_TOOL_CALLS": "`messages`: calls of tools in one message",
@@ -46,7 +46,7 @@ FIELDS = {
     "token_rules.MAX_SESSION_CHARACTERS": "`session_id`: characters",
     "token_rules.MAX_SALT_CHARACTERS": "`cache_salt`: characters",
     "output_format.MAX_CHOICES": "`structured_outputs.choice`: strings",
-    "output_format.MAX_FORMAT_NAME_CHARACTERS": "`response_format.json_schema.name`: characters",
+    "output_format.MAX_FORMAT_NAME_CHARACTERS": "`response_format.json_schema.name`, `text.format.name`: characters",
     "responses.MAX_METADATA": "`metadata`: keys",
     "responses.MAX_METADATA_KEY_CHARACTERS": "`metadata`: characters of a key",
     "responses.MAX_METADATA_CHARACTERS": "`metadata`: characters of a value",
