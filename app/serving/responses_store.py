@@ -20,7 +20,7 @@ class ResponseNotFound(RequestError):
 
     def __init__(self) -> None:
         super().__init__(
-            "no response of this id is kept: it never was, was too large, belongs to another key, or gave way to others",
+            "no response of this id is kept: it never was, was too large, is another key's, or gave way to others",
             param="response_id",
         )
 
