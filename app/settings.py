@@ -246,9 +246,9 @@ class Settings(BaseSettings):
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """The names under which the model is served, the answered one first."""
+        """The names under which the model is served, each once, the answered one first."""
         own_name = Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
-        return self.served_model_name or (own_name,)
+        return tuple(dict.fromkeys(self.served_model_name)) or (own_name,)
 
     def read_api_keys(self) -> tuple[ApiKey, ...]:
         """All keys, those of the file included. Raises SettingsError when the file holds none or a broken one."""

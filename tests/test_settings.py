@@ -43,7 +43,7 @@ def test_lists_in_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "k2" not in repr(settings.read_api_keys())
 
 
-@pytest.mark.parametrize("names", [["x", "y"], ["x,y"], ["x, y"], ['["x", "y"]'], "x,y"])
+@pytest.mark.parametrize("names", [["x", "y"], ["x", "y", "x"], ["x,y"], ["x, y"], ['["x", "y"]'], "x,y"])
 def test_lists_in_flags(names: object) -> None:
     settings = load({"model": "a/b", "served_model_name": names})
     assert settings.model_names == ("x", "y")
