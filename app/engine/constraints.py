@@ -37,12 +37,11 @@ class Rules:
     def of(cls, request: GenerationRequest, vocab_size: int, unwanted: Iterable[int] = ()) -> Rules:
         """The rules of a request; ``unwanted`` tokens never follow."""
         sampling = request.sampling
-        allowed_ids = range(vocab_size) if sampling.allowed_token_ids is None else sampling.allowed_token_ids
         single = [word[0] for word in sampling.bad_words if len(word) == 1]
         longer = tuple(word for word in sampling.bad_words if len(word) > 1)
         longest = max(map(len, longer), default=1)
         return cls(
-            allowed=_words(allowed_ids, vocab_size) & ~_words([*single, *unwanted], vocab_size),
+            allowed=_words(sampling.allowed_token_ids, vocab_size) & ~_words([*single, *unwanted], vocab_size),
             stops=_words((token for token in request.stop_token_ids if 0 <= token < vocab_size), vocab_size),
             min_tokens=sampling.min_tokens,
             bad_words=longer,
@@ -189,9 +188,10 @@ def constraints_of(request: GenerationRequest, vocab_size: int, matcher: Matcher
     return [Constraint(rules) for _ in range(request.n)]
 
 
-def _words(tokens: Iterable[int], vocab_size: int) -> Words:
+def _words(tokens: Iterable[int] | None, vocab_size: int) -> Words:
+    """The bits of these tokens, or of all."""
     bits = np.zeros(num_words(vocab_size) * 32, dtype=np.uint8)
-    bits[list(tokens)] = 1
+    bits[slice(vocab_size) if tokens is None else list(tokens)] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 

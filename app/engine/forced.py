@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from app.engine.sequence import Constraint, Forced
 
 # what tokens cost that go through the model before a step, in such steps; on a CPU they go with it, for next to nothing
-STEPS_PER_CHUNK = {"cpu": 0.0, "cuda": 2.0}
+STEPS_PER_CHUNK = {"cpu": 0.0, "cuda": 1.0}
 
 
 def take_forced(
