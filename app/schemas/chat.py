@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_val
 from app.schemas.answers import AnswerHead, ChoiceEnd, PromptTold
 from app.schemas.generation import GenerationFields
 from app.schemas.json import BodyError
-from app.schemas.messages import MESSAGES_SCHEMA, Message, check_messages
+from app.schemas.messages import MESSAGES_SCHEMA, Message, check_ending, check_messages
 from app.schemas.tools import TOOL_CHOICE_SCHEMA, TOOLS_SCHEMA, Tool, check_tool_choice, check_tools
 from app.schemas.wire import INT32_MAX
 
@@ -63,21 +63,13 @@ class ChatRequest(GenerationFields):
     def _check_together(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise BodyError("'top_logprobs' is allowed only when 'logprobs' is true", "top_logprobs")
-        if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.given:
-            raise BodyError(
-                "'continue_final_message' and 'add_generation_prompt' may not both be true", "continue_final_message"
-            )
+        check_ending(self, opens=self.add_generation_prompt, continues=self.continue_final_message)
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise BodyError("'tool_choice' needs 'tools'", "tool_choice")
         named = self.named_tool
         if named is not None and named not in (tool["function"]["name"] for tool in self.tools):
             raise BodyError("'tool_choice' names a function that is not among 'tools'", "tool_choice")
         return self
-
-    @property
-    def given(self) -> set[str]:
-        """Names of the fields that the client sent."""
-        return self.model_fields_set
 
     @property
     def named_tool(self) -> str | None:

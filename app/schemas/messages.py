@@ -6,6 +6,7 @@ from typing import Any
 
 from app.schemas.json import BodyError
 from app.schemas.tools import check_tool_calls
+from app.schemas.wire import WireModel
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
@@ -71,6 +72,13 @@ MESSAGES_SCHEMA = {
         },
     },
 }
+
+
+def check_ending(body: WireModel, *, opens: bool, continues: bool) -> None:
+    """``add_generation_prompt`` is true where nobody says so, and gives way. Raises BodyError where a client does."""
+    if opens and continues and "add_generation_prompt" in body.model_fields_set:
+        what = "'continue_final_message' and 'add_generation_prompt' may not both be true"
+        raise BodyError(what, "continue_final_message")
 
 
 def check_messages(value: Any) -> list[Message]:

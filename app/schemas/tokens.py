@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema, model_validator
 
 from app.schemas.json import BodyError
-from app.schemas.messages import MESSAGES_SCHEMA, Message, check_messages
+from app.schemas.messages import MESSAGES_SCHEMA, Message, check_ending, check_messages
 from app.schemas.sampling import ModelName
 from app.schemas.tools import TOOLS_SCHEMA, Tool, check_tools
 from app.schemas.wire import INT32_MAX, WireModel, refuse
@@ -66,10 +66,7 @@ class TokenizeRequest(WireModel):
         for name in _OF_MESSAGES:
             if self.messages is None and name in self.model_fields_set:
                 raise BodyError(f"'{name}' is allowed only together with 'messages'", name)
-        asks_for_both = self.continue_final_message and self.add_generation_prompt
-        if asks_for_both and "add_generation_prompt" in self.model_fields_set:
-            what = "'continue_final_message' and 'add_generation_prompt' may not both be true"
-            raise BodyError(what, "continue_final_message")
+        check_ending(self, opens=self.add_generation_prompt, continues=self.continue_final_message)
         return self
 
     @property
