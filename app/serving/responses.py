@@ -11,7 +11,7 @@ import orjson
 
 from app.schemas.chat import ChatRequest
 from app.schemas.json import BodyError
-from app.schemas.messages import Message
+from app.schemas.messages import MAX_MESSAGES, Message
 from app.schemas.output_format import JsonSchemaFormat, ResponseFormat
 from app.schemas.response_tools import chat_tool
 from app.schemas.responses import ResponsesRequest
@@ -86,6 +86,11 @@ class ResponseJob:
         target = self.find_target(body.model)
         before = orjson.loads(self.previous.conversation) if self.previous is not None else []
         messages = [*before, *body.input]
+        if before and len(messages) > MAX_MESSAGES:
+            raise InvalidRequest(
+                f"the conversation has {len(messages)} messages with those that come first; {MAX_MESSAGES} are allowed",
+                param="previous_response_id",
+            )
         said = _to_json(_said(body), "text.format.schema")
         try:
             prepared = self.translator.translate(_chat_request(body, messages), target, request_id)

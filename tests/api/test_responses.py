@@ -11,6 +11,7 @@ import pytest
 from openai.types.responses import Response, ResponseFunctionToolCall
 from pydantic import BaseModel
 
+from app.schemas.messages import MAX_MESSAGES
 from app.serving.tokenizer import Tokenizer
 from tests.api.conftest import KEY, MODEL, Running, Serve
 from tests.api.test_chat import CALL, WITH_TOOLS, client_of, prompt_of, say
@@ -217,6 +218,17 @@ async def test_what_is_not_to_be_kept_is_not(serve: Serve) -> None:
         assert (await server.client.get(f"/v1/responses/{body['id']}")).status_code == 404
         refused = await respond(server, previous_response_id=body["id"])
         assert refused.json()["error"]["message"] == "this server keeps no responses to go on after"
+
+
+async def test_a_conversation_that_grows_too_long(serve: Serve) -> None:
+    async with serve() as server:
+        items = [{"role": "user", "content": "a"}] * (MAX_MESSAGES - 2)
+        first = (await respond(server, input=items, max_output_tokens=1)).json()
+        refused = await respond(server, previous_response_id=first["id"], input=items[:2])
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert (error["param"], "4097" in error["message"]) == ("previous_response_id", True)
+        assert (await respond(server, previous_response_id=first["id"], max_output_tokens=1)).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
