@@ -7,23 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
 from app.schemas.generation import MAX_STOP_CHARACTERS, MAX_STOPS
-from app.schemas.json import BodyError
-from app.schemas.messages import MESSAGES_SCHEMA, Message, check_messages
+from app.schemas.messages import MESSAGES_SCHEMA, Message, check_messages, check_text, text_schema
 from app.schemas.sampling import DrawingFields
 from app.schemas.wire import INT32_MAX
 
 
 def _check_system(value: Any) -> str:
-    try:
-        (message,) = check_messages([{"role": "system", "content": value}])
-    except BodyError as error:
-        place = "messages[0].content"
-        raise BodyError(error.message.replace(place, "system"), (error.param or "").replace(place, "system")) from None
-    return str(message["content"])
+    return check_text(value, "system", "text")
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-_SYSTEM_SCHEMA = MESSAGES_SCHEMA["items"]["properties"]["content"]["anyOf"][:2]  # type: ignore[index]
+_SYSTEM_SCHEMA = text_schema("text")
 
 
 class MessagesRequest(DrawingFields):
@@ -32,7 +26,7 @@ class MessagesRequest(DrawingFields):
     messages: Annotated[list[Message], PlainValidator(check_messages), WithJsonSchema(MESSAGES_SCHEMA)] = Field(
         description="the conversation, oldest message first; one of the assistant at its end is continued"
     )
-    system: Annotated[str | None, PlainValidator(_check_system), WithJsonSchema({"anyOf": _SYSTEM_SCHEMA})] = Field(
+    system: Annotated[str | None, PlainValidator(_check_system), WithJsonSchema(_SYSTEM_SCHEMA)] = Field(
         default=None, description="a system message before all others"
     )
     max_tokens: int = Field(ge=1, le=INT32_MAX, description="most tokens to generate")

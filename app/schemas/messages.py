@@ -14,19 +14,28 @@ MAX_MESSAGE_CHARACTERS = 16 * 2**20
 MAX_NAME_CHARACTERS = 256
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_PART = "text"
 # what a message may carry beside these is ignored
 _UNSUPPORTED = ("audio", "function_call")
 
 Message = dict[str, Any]
 
-_PART_SCHEMA = {
-    "type": "object",
-    "required": ["type", "text"],
-    "properties": {
-        "type": {"const": "text", "description": "text; no images, audio or files"},
-        "text": {"type": "string", "description": "parts of one message are joined, each on a line of its own"},
-    },
-}
+
+def text_schema(*kinds: str) -> dict[str, Any]:
+    """What ``check_text`` takes."""
+    told = {"const": kinds[0]} if len(kinds) == 1 else {"enum": list(kinds)}
+    part = {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {
+            "type": {**told, "description": "text; no images, audio or files"},
+            "text": {"type": "string", "description": "parts of one message are joined, each on a line of its own"},
+        },
+    }
+    parts = {"type": "array", "minItems": 1, "maxItems": MAX_PARTS, "items": part}
+    return {"anyOf": [{"type": "string"}, parts]}
+
+
 _CALL_SCHEMA = {
     "type": "object",
     "required": ["id", "type", "function"],
@@ -54,11 +63,7 @@ MESSAGES_SCHEMA = {
         "properties": {
             "role": {"enum": list(ROLES), "description": "who speaks; `developer` is `system` for most templates"},
             "content": {
-                "anyOf": [
-                    {"type": "string"},
-                    {"type": "array", "minItems": 1, "maxItems": MAX_PARTS, "items": _PART_SCHEMA},
-                    {"type": "null"},
-                ],
+                "anyOf": [*text_schema(_PART)["anyOf"], {"type": "null"}],
                 "description": "what is said; may be missing only where an assistant calls tools",
             },
             "name": {"type": "string", "description": "tells apart several of the same role, where a template does"},
@@ -130,30 +135,32 @@ def _copy_text(value: Message, message: Message, field: str, where: str, most_ch
 
 
 def _check_content(value: Message, role: str, where: str) -> str | None:
-    content = value.get("content")
-    where += ".content"
-    if content is None:
-        if role == "assistant" and "tool_calls" in value:
-            return None
-        raise BodyError(f"'{where}' is required", where)
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
+    if value.get("content") is not None:
+        return check_text(value["content"], f"{where}.content", _PART)
+    if role == "assistant" and "tool_calls" in value:
+        return None
+    raise BodyError(f"'{where}.content' is required", f"{where}.content")
+
+
+def check_text(value: Any, where: str, *kinds: str) -> str:
+    """A string, or parts of these kinds, joined. ``where`` it stands is told by BodyError."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
         raise BodyError(f"'{where}' should be a string or a list of text parts", where)
-    if not 1 <= len(content) <= MAX_PARTS:
+    if not 1 <= len(value) <= MAX_PARTS:
         raise BodyError(f"'{where}' should hold 1 to {MAX_PARTS} parts", where)
-    return "\n".join([_part_text(part, f"{where}[{i}]") for i, part in enumerate(content)])
+    return "\n".join([_part_text(part, f"{where}[{i}]", kinds) for i, part in enumerate(value)])
 
 
-def _part_text(part: Any, where: str) -> str:
+def _part_text(part: Any, where: str, kinds: tuple[str, ...]) -> str:
     if not isinstance(part, dict):
         raise BodyError(f"'{where}' should be an object", where)
     kind = part.get("type")
-    if kind != "text":
-        told = (
-            f"a part of type '{kind}'" if isinstance(kind, str) and kind.isidentifier() and len(kind) < 32 else "this"
-        )
-        raise BodyError(f"'{where}' should be of type 'text'; {told} is not supported", where)
+    if kind not in kinds:
+        is_name = isinstance(kind, str) and kind.isidentifier() and len(kind) < 32
+        told, known = f"a part of type '{kind}'" if is_name else "this", "' or '".join(kinds)
+        raise BodyError(f"'{where}' should be of type '{known}'; {told} is not supported", where)
     text = part.get("text")
     if not isinstance(text, str):
         raise BodyError(f"'{where}.text' should be a string", f"{where}.text")

@@ -6,30 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from app.schemas.json import BodyError
-from app.schemas.messages import MAX_MESSAGES, MAX_PARTS, Message
+from app.schemas.messages import MAX_MESSAGES, Message, check_text, text_schema
 from app.schemas.tools import check_tool_calls
 
 _ROLES = ("system", "developer", "user", "assistant")
 _PARTS = ("input_text", "output_text")
 
-_TEXT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "minItems": 1,
-            "maxItems": MAX_PARTS,
-            "items": {
-                "type": "object",
-                "required": ["type", "text"],
-                "properties": {
-                    "type": {"enum": list(_PARTS), "description": "text; no images, audio or files"},
-                    "text": {"type": "string", "description": "parts of one message are joined, each on its own line"},
-                },
-            },
-        },
-    ]
-}
 _ID_SCHEMA = {"type": "string", "description": "pairs a call with its output"}
 INPUT_SCHEMA = {
     "anyOf": [
@@ -46,7 +28,7 @@ INPUT_SCHEMA = {
                         "properties": {
                             "type": {"const": "message", "description": "may be left out"},
                             "role": {"enum": list(_ROLES), "description": "who speaks"},
-                            "content": {**_TEXT_SCHEMA, "description": "what is said"},
+                            "content": {**text_schema(*_PARTS), "description": "what is said"},
                         },
                     },
                     {
@@ -65,7 +47,7 @@ INPUT_SCHEMA = {
                         "properties": {
                             "type": {"const": "function_call_output", "description": "what a call gave"},
                             "call_id": _ID_SCHEMA,
-                            "output": {**_TEXT_SCHEMA, "description": "for the model to read"},
+                            "output": {**text_schema(*_PARTS), "description": "for the model to read"},
                         },
                     },
                 ]
@@ -111,7 +93,7 @@ def _check_message(value: dict[str, Any], where: str) -> Message:
     role = value.get("role")
     if role not in _ROLES:
         raise BodyError(f"'{where}.role' should be one of {', '.join(_ROLES)}", f"{where}.role")
-    return {"role": role, "content": _check_text(value.get("content"), f"{where}.content")}
+    return {"role": role, "content": check_text(value.get("content"), f"{where}.content", *_PARTS)}
 
 
 def _check_call(value: dict[str, Any], where: str) -> Message:
@@ -125,7 +107,7 @@ def _check_call(value: dict[str, Any], where: str) -> Message:
 
 
 def _check_output(value: dict[str, Any], where: str) -> Message:
-    content = _check_text(value.get("output"), f"{where}.output")
+    content = check_text(value.get("output"), f"{where}.output", *_PARTS)
     return {"role": "tool", "content": content, "tool_call_id": _call_id(value, where)}
 
 
@@ -134,25 +116,6 @@ def _call_id(value: dict[str, Any], where: str) -> str:
     if not isinstance(call_id, str) or not 1 <= len(call_id) <= 256:
         raise BodyError(f"'{where}.call_id' should be a string of 1 to 256 characters", f"{where}.call_id")
     return call_id
-
-
-def _check_text(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise BodyError(f"'{where}' should be a string or a list of text parts", where)
-    if not 1 <= len(value) <= MAX_PARTS:
-        raise BodyError(f"'{where}' should hold 1 to {MAX_PARTS} parts", where)
-    return "\n".join([_part_text(part, f"{where}[{i}]") for i, part in enumerate(value)])
-
-
-def _part_text(part: Any, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") not in _PARTS:
-        raise BodyError(f"'{where}' should be of type {' or '.join(_PARTS)}; nothing else is supported", where)
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise BodyError(f"'{where}.text' should be a string", f"{where}.text")
-    return text
 
 
 def in_response_form(error: BodyError, old: str = "", new: str = "") -> BodyError:
