@@ -48,10 +48,8 @@ async def answer(
     timeout = deadline.shorten(settings.body_timeout)
     try:
         raw = await read_json_body(request.scope, request.receive, settings.max_body_size, timeout)
-    except HttpError:
-        # if the client's own limit came first, that is what it has to know
-        deadline.check()
-        raise
+    except HttpError as error:
+        raise (deadline.explain(error) if timeout < settings.body_timeout else error) from None
     is_short = len(raw) <= _BYTES_IN_LOOP
     body = parse_request(model, raw) if is_short else await asyncio.to_thread(parse_request, model, raw)
     note_session(request.scope, body)

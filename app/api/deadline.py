@@ -44,10 +44,9 @@ class Deadline:
         """What is left, or ``seconds`` if that is less."""
         return seconds if self._ends_at is None else max(0.0, min(seconds, self._ends_at - self._loop.time()))
 
-    def check(self) -> None:
-        """Raises DeadlineExceeded when the time has passed."""
-        if self._seconds is not None and not self.shorten(1.0):
-            raise DeadlineExceeded(self._seconds)
+    def explain(self, error: HttpError) -> HttpError:
+        """What to tell when this, and not another limit of time, has ended the wait for a body."""
+        return DeadlineExceeded(self._seconds) if error.status == 408 and self._seconds is not None else error
 
     @contextmanager
     def limit(self, request: OpenRequest) -> Generator[None, None, None]:

@@ -55,13 +55,22 @@ async def test_a_stream_that_has_begun_ends_with_an_event(serve: Serve, engine: 
 
 
 @pytest.mark.anyio
-async def test_time_for_the_body_counts(serve: Serve) -> None:
+@pytest.mark.parametrize("seconds", ["0.1", "0.0000001"])
+async def test_time_for_the_body_counts(serve: Serve, seconds: str) -> None:
     async with serve(body_timeout=60) as server:
-        request = post(b"{", "X-Request-Timeout: 0.1", length=100)
+        request = post(b"{", f"X-Request-Timeout: {seconds}", length=100)
         status, headers, body = await exchange(server.port, request)
         assert status == 408
         assert check_error(headers, body, "timeout_error")["code"] == "deadline_exceeded"
         assert headers["x-should-retry"] == "false"
+
+
+@pytest.mark.anyio
+async def test_the_operators_limit_for_bodies_stays_what_it_is(serve: Serve) -> None:
+    async with serve(body_timeout=0.1, max_request_seconds=60) as server:
+        status, headers, body = await exchange(server.port, post(b"{", "X-Request-Timeout: 30", length=100))
+        assert status == 408
+        assert "body" in check_error(headers, body, "timeout_error")["message"]
 
 
 @pytest.mark.anyio
