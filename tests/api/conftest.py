@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from app.api import ServerContext, create_app
 from app.main import QuietServer, uvicorn_config
 from app.metrics import ServerMetrics
 from app.serving.chat_template import ChatTemplate, find_template
+from app.serving.preparing import Target
 from app.serving.tokenizer import Tokenizer
 from app.settings import Settings
 from tests.fakes import FakeEngine, make_info
@@ -56,6 +58,21 @@ class Running:
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.port)
+
+    def slow_down_preparing(self, seconds: float) -> list[float]:
+        """Let the work on each request that comes before the engine block so long; tells when each began."""
+        service = self.context.service
+        assert service is not None
+        find_target = service.find_target
+        begun: list[float] = []
+
+        def slow(name: str | None) -> Target:
+            begun.append(time.monotonic())
+            time.sleep(seconds)
+            return find_target(name)
+
+        object.__setattr__(service, "find_target", slow)
+        return begun
 
     async def is_idle(self) -> None:
         """Return once nothing holds a row, a place in the queue or an open request; fails by its time limit."""

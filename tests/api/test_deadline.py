@@ -7,7 +7,6 @@ import itertools
 import json
 import socket
 import time
-from typing import Any
 
 import openai
 import pytest
@@ -131,15 +130,7 @@ async def test_the_official_client_does_not_try_again(serve: Serve, engine: Fake
 @pytest.mark.anyio
 async def test_the_deadline_passes_while_the_prompt_is_tokenized(serve: Serve, engine: FakeEngine) -> None:
     async with serve() as server:
-        service = server.context.service
-        assert service is not None
-        find_target = service.find_target
-
-        def slow(*args: Any) -> Any:
-            time.sleep(0.5)
-            return find_target(*args)
-
-        object.__setattr__(service, "find_target", slow)
+        server.slow_down_preparing(0.5)
         body, headers = {"prompt": "hello " * 2000}, {"x-request-timeout": "0.1"}
         started = time.monotonic()
         response = await server.client.post("/v1/completions", json=body, headers=headers)

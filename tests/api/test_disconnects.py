@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-import time
 from collections.abc import Callable
 
 import pytest
@@ -54,20 +53,10 @@ async def test_leaving_frees_the_row(serve: Serve, engine: FakeEngine, stream: b
 @pytest.mark.anyio
 async def test_leaving_while_the_prompt_is_tokenized(serve: Serve, engine: FakeEngine) -> None:
     async with serve() as server:
-        service = server.context.service
-        assert service is not None
-        find_target = service.find_target
-        entered: list[int] = []
-
-        def slow(*args: object) -> object:
-            entered.append(1)
-            time.sleep(0.3)
-            return find_target(*args)  # type: ignore[arg-type]
-
-        object.__setattr__(service, "find_target", slow)
+        begun = server.slow_down_preparing(0.3)
         _, writer = await server.connect()
         writer.write(post({"prompt": "hello " * 2000, "stream": True}))
-        await wait_for(lambda: entered)
+        await wait_for(lambda: begun)
         writer.close()
         await server.is_idle()
         await asyncio.sleep(0.4)
