@@ -63,11 +63,14 @@ class CpuStep:
 
     @staticmethod
     def suits(packing: Packing) -> bool:
-        """Whether ``step`` takes these tokens, and is faster than layer by layer."""
+        """Whether ``step`` takes these tokens: one of each row, or several that are to go that way.
+
+        How many there are does not matter. What comes of a token in a step does not depend on the others, and is not
+        quite what comes of it layer by layer.
+        """
         if packing.is_step:
             return True
-        few = max(_MOST_ROWS, 2 * packing.num_rows)
-        return 0 < packing.num_tokens <= few and int(packing.cu_seqlens[-1]) == packing.num_tokens
+        return packing.in_steps and 0 < packing.num_tokens == int(packing.cu_seqlens[-1])
 
     def can_project(self, hidden: Tensor, weight: Tensor) -> bool:
         """Whether ``project`` takes these, and is no slower than torch."""

@@ -191,7 +191,8 @@ class EagerDecoder:
         ids, last = packed[: len(tokens)].clone(), packed[len(tokens) :]
         ids[last] = self._last_token[batch.slots]
         lengths = [end - begin for begin, end in pairwise((-1, *ends))]
-        packing = Packing.from_lengths(lengths, batch.slots)
+        # what the other rows draw is the same as without these tokens
+        packing = Packing.from_lengths(lengths, batch.slots, in_steps=True)
         return self._model.forward_packed(ids, packing, self._cache, last)
 
     def _release(self, slots: list[int]) -> None:

@@ -129,7 +129,7 @@ def warm_up(engine: Engine, vocab_size: int, batches: tuple[tuple[int, int], ...
 
 def _make_runner(model: MambaForCausalLM, cache: MambaCache, config: EngineConfig) -> Runner:
     if cache.device.type != "cuda":
-        return Runner(model, cache, model.config.vocab_size)
+        return Runner(model, cache, model.config.vocab_size, is_uniform=True)
     # needs triton, which there may not be elsewhere
     from app.engine.cuda import cuda_runner
 

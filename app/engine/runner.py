@@ -79,7 +79,11 @@ class QuickPrefill(Protocol):
 
 
 class Runner:
-    """One model, its state cache and a decoder, by default the one that needs nothing but torch."""
+    """One model, its state cache and a decoder, by default the one that needs nothing but torch.
+
+    is_uniform: prompts always go the same way, chunks through the scan and the last token through decode, so that a
+    request comes to the same whatever runs beside it, if the kernels see to the rest. Otherwise the quickest way.
+    """
 
     def __init__(
         self,
@@ -88,12 +92,15 @@ class Runner:
         vocab_size: int,
         decoder: Decoder | None = None,
         quick_prefill: QuickPrefill | None = None,
+        *,
+        is_uniform: bool = False,
     ) -> None:
         self._model = model
         self._cache = cache
         self._device = cache.device
         self._decoder: Decoder = decoder or EagerDecoder(model, cache, vocab_size)
         self._quick_prefill = quick_prefill
+        self._is_uniform = is_uniform
 
     @property
     def cache(self) -> MambaCache:
@@ -116,7 +123,8 @@ class Runner:
         if plan.fresh:
             self._cache.zero(to_device(array("q", plan.fresh), torch.int64, self._device))
         chunks = plan.chunks if self._decoder.takes_missing else plan.chunks + plan.missing
-        prefilled = self._prefill(chunks, chunks_of_rows(plan, chunks)) if chunks else _Prefilled()
+        prolonged = [] if self._is_uniform else chunks_of_rows(plan, chunks)
+        prefilled = self._prefill(chunks, prolonged) if chunks else _Prefilled()
         if not prefilled.is_typical:
             marks.clear()
         if plan.forks:
@@ -192,7 +200,9 @@ class Runner:
         tokens, slots = chunks.tokens, chunks.slots
         packed = to_device(tokens + slots + chunks.bounds, torch.int64, self._device)
         ids, slot_ids, bounds = packed.tensor_split((len(tokens), len(tokens) + len(slots)))
-        packing = Packing(slot_ids, bounds.to(torch.int32), len(tokens), chunks.longest)
+        # a token alone would be a step
+        longest = max(2, chunks.longest) if self._is_uniform else chunks.longest
+        packing = Packing(slot_ids, bounds.to(torch.int32), len(tokens), longest)
         return self._model.forward_packed(ids, packing, self._cache, ends_of(bounds) if ends_alone else None)
 
     def _prompt_logprobs(self, hidden: Tensor, chunk: Chunk, offset: int) -> PendingPrompt:

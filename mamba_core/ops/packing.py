@@ -34,15 +34,18 @@ class Packing:
 
     Without gradients, max_seqlen may be more than the longest, and the last sequence may end before T: the tokens after
     it belong to none, and what an op returns for them means nothing.
+
+    in_steps: a model may take the tokens as those of steps instead, one of a sequence behind the other.
     """
 
     slots: Tensor
     cu_seqlens: Tensor
     num_tokens: int
     max_seqlen: int
+    in_steps: bool = False
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], slots: Tensor) -> Packing:
+    def from_lengths(cls, lengths: Sequence[int], slots: Tensor, *, in_steps: bool = False) -> Packing:
         """Packing of sequences with these lengths, on the device of ``slots``."""
         if len(lengths) != slots.shape[0]:
             raise ValueError(f"{len(lengths)} lengths for {slots.shape[0]} slots")
@@ -50,7 +53,7 @@ class Packing:
         for length in lengths:
             offsets.append(offsets[-1] + length)
         cu_seqlens = torch.tensor(offsets, dtype=torch.int32).to(slots.device, non_blocking=True)
-        return cls(slots, cu_seqlens, offsets[-1], max(lengths, default=0))
+        return cls(slots, cu_seqlens, offsets[-1], max(lengths, default=0), in_steps)
 
     @classmethod
     def step(cls, slots: Tensor) -> Packing:

@@ -150,24 +150,26 @@ def test_tokens_that_follow_one_another_may_be_rows_of_one_step(
 
 
 @torch.inference_mode()
-def test_the_model_takes_few_tokens_as_a_step(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_takes_tokens_as_those_of_steps_where_it_is_told_to(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.inference_mode(False):
         model = tiny_model(state_size=16)
     backbone, calls = model.backbone, []
     make = CpuStep.step
     monkeypatch.setattr(CpuStep, "step", lambda *arguments: calls.append(1) or make(*arguments))
     cases = [
-        ([3, 0, 2], True),
-        ([64], True),
-        ([65], False),
-        ([1] * 70 + [8], True),
-        ([1] * 70 + [80], False),
-        ([0], False),
+        ([3, 0, 2], True, True),
+        ([3, 0, 2], False, False),
+        ([1, 1], False, True),
+        ([65], True, True),
+        ([1] * 70 + [80], True, True),
+        ([0], True, False),
     ]
-    for lengths, is_step in cases:
+    for lengths, in_steps, is_step in cases:
         calls.clear()
         slots = torch.arange(1, len(lengths) + 1)
-        packing = Packing.from_lengths(lengths, slots)
+        packing = Packing.from_lengths(lengths, slots, in_steps=in_steps)
         tokens = torch.arange(packing.num_tokens) % 5
         cache = warm_cache(model, 72, torch.float32)
         plain = clone(cache, torch.float32)
@@ -178,7 +180,7 @@ def test_the_model_takes_few_tokens_as_a_step(tiny_model: MakeModel, monkeypatch
             assert error(hidden, expected) < 2e-6
             assert error(cache.ssm, plain.ssm) < 2e-6
     # tokens of no sequence
-    padded = Packing(torch.tensor([1, 2]), torch.tensor([0, 2, 5], dtype=torch.int32), 8, 3)
+    padded = Packing(torch.tensor([1, 2]), torch.tensor([0, 2, 5], dtype=torch.int32), 8, 3, in_steps=True)
     calls.clear()
     model.forward_packed(torch.arange(8) % 5, padded, warm_cache(model, 8, torch.float32))
     assert not calls

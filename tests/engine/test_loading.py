@@ -105,6 +105,30 @@ def test_threads_are_as_many_as_usable_cores_unless_somebody_says(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_cpu_a_request_comes_to_the_same_beside_others(tmp_path: Path, dtype: str) -> None:
+    torch.manual_seed(3)
+    model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=64, num_hidden_layers=3, state_size=16))
+    model.save_pretrained(tmp_path)
+    lengths = (1, 2, 3, 20, 40, 90)
+    requests = [
+        make_request(f"r{length}", [(7 * i + length) % 61 for i in range(length)], 6, temperature=1.0, logprobs=0)
+        for length in lengths
+    ]
+    config = EngineConfig(str(tmp_path), dtype=dtype, device="cpu", max_num_seqs=16, prefill_budget=128)
+    engine, _ = load_engine(config, lambda _: None)
+    alone = {(r.request_id, 0): run(engine, r).events[r.request_id, 0] for r in requests}
+    others = [make_request(f"other{i}", [i] * (5 * i + 1), 9) for i in range(8)]
+    together = run(engine, *others[:4], *requests, *others[4:])
+    for key, events in alone.items():
+        assert [event.token_id for event in together.events[key]] == [event.token_id for event in events]
+        for event, expected in zip(together.events[key], events, strict=True):
+            assert event.logprobs is not None
+            assert expected.logprobs is not None
+            # another way through the layers changes 1e-2 in bfloat16
+            assert abs(event.logprobs.logprob - expected.logprobs.logprob) < 1e-5
+
+
 def test_int8_is_said_and_writes_tokens(checkpoint: Path) -> None:
     config = EngineConfig(str(checkpoint), dtype="float32", device="cpu", max_num_seqs=2)
     _, plain = load_engine(config, lambda _: None)
