@@ -44,7 +44,11 @@ _STATUSES = {
     503: "Loading, draining or without an engine; try again after `Retry-After` seconds",
 }
 _OPEN_PATHS = ("/livez", "/readyz", "/health")
-_KEY_SCHEME = {"type": "http", "scheme": "bearer", "description": "needed where the operator has set API keys"}
+_WHEN = "needed where the operator has set API keys"
+_KEY_SCHEMES = {
+    "key": {"type": "http", "scheme": "bearer", "description": _WHEN},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": f"{_WHEN}; for one route"},
+}
 _ANSWERED_ID = {
     "description": "id of the request, as the server's log has it; the client's own, if it sent one",
     "schema": {"type": "string"},
@@ -119,7 +123,7 @@ def make_schema(app: FastAPI) -> dict[str, Any]:
     # errors of validation are 400 here, in the body of all errors
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    components["securitySchemes"] = {"key": _KEY_SCHEME}
+    components["securitySchemes"] = _KEY_SCHEMES
     schema["security"] = [{"key": []}, {}]
     for path, operation in _operations(schema):
         _complete(path, operation, schemas)

@@ -127,6 +127,13 @@ def test_every_route_says_what_it_is_for(schema: dict[str, Any]) -> None:
         assert (operation.get("security") == []) == (path in PROBE_PATHS - {"/metrics"})
 
 
+def test_keys_stand_where_each_route_takes_them(schema: dict[str, Any]) -> None:
+    assert set(schema["components"]["securitySchemes"]) == {"key", "x-api-key"}
+    assert schema["security"] == [{"key": []}, {}]
+    own = {path: operation["security"] for path, _, operation in operations(schema) if operation.get("security")}
+    assert own == {"/v1/messages": [{"key": []}, {"x-api-key": []}, {}]}
+
+
 def test_what_streams_says_so(schema: dict[str, Any]) -> None:
     content = schema["paths"]["/v1/completions"]["post"]["responses"]["200"]["content"]
     assert set(content) == {"application/json", "text/event-stream"}

@@ -17,7 +17,7 @@ router = APIRouter(tags=["chat"])
     summary="Go on with a conversation, in Anthropic's form",
     response_model=AnthropicMessage,
     responses=ERROR_RESPONSES,
-    openapi_extra=request_body(MessagesRequest),
+    openapi_extra={**request_body(MessagesRequest), "security": [{"key": []}, {"x-api-key": []}, {}]},
 )
 async def create_message(request: Request) -> Response:
     """Text only. The key may stand in `x-api-key` as well."""
