@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from app.engine.chunks import PackedChunks, chunks_of_rows, pack
+from app.engine.chunks import PackedChunks, chunks_of_rows, pack, ways_of
 from app.engine.decoder import Decoder, EagerDecoder, Model, PendingRows, ends_of
 from app.engine.host import Mark, mark, to_device, to_host
 from app.engine.logprobs import to_records, token_logprobs
@@ -81,8 +81,8 @@ class QuickPrefill(Protocol):
 class Runner:
     """One model, its state cache and a decoder, by default the one that needs nothing but torch.
 
-    is_uniform: prompts always go the same way, chunks through the scan and the last token through decode, so that a
-    request comes to the same whatever runs beside it, if the kernels see to the rest. Otherwise the quickest way.
+    is_uniform: tokens go the way of their request, see ``chunks.ways_of``, so that it comes to the same whatever runs
+    beside it, if the kernels see to the rest. The decoder has to take missing tokens. Otherwise the quickest way.
     """
 
     def __init__(
@@ -122,9 +122,12 @@ class Runner:
         marks = [mark(self._device)] if plan.chunks else []
         if plan.fresh:
             self._cache.zero(to_device(array("q", plan.fresh), torch.int64, self._device))
-        chunks = plan.chunks if self._decoder.takes_missing else plan.chunks + plan.missing
-        prolonged = [] if self._is_uniform else chunks_of_rows(plan, chunks)
-        prefilled = self._prefill(chunks, prolonged) if chunks else _Prefilled()
+        if self._is_uniform:
+            prefilled, missing = self._prefill_uniformly(plan)
+        else:
+            missing = plan.missing
+            chunks = plan.chunks if self._decoder.takes_missing else plan.chunks + missing
+            prefilled = self._prefill(chunks, chunks_of_rows(plan, chunks)) if chunks else _Prefilled()
         if not prefilled.is_typical:
             marks.clear()
         if plan.forks:
@@ -132,7 +135,7 @@ class Runner:
             self._cache.copy(*to_device(numbers, torch.int64, self._device).view(-1, 2).unbind(1))
         if marks:
             marks.append(mark(self._device))
-        rows = self._decoder.launch(plan.rows, plan.missing, prefilled.hidden) if plan.rows else None
+        rows = self._decoder.launch(plan.rows, missing, prefilled.hidden) if plan.rows else None
         return PendingStep(prefilled.prompts, rows, (*marks, mark(self._device)))
 
     @staticmethod
@@ -167,6 +170,21 @@ class Runner:
         # a decoder has what it needs most since its start
         return (self._quick_prefill is not None and self._quick_prefill.prepare_more()) or self._decoder.prepare_more()
 
+    def _prefill_uniformly(self, plan: StepPlan) -> tuple[_Prefilled, tuple[Chunk, ...]]:
+        """Take chunks through the model; returns those as well that are left to the decoder."""
+        if not plan.chunks and not plan.missing:
+            return _Prefilled(), ()
+        ways = ways_of(plan)
+        prompts: dict[int, PendingPrompt] = {}
+        if ways.by_scan:
+            found = self._prefill(tuple(ways.by_scan.values()), []).prompts
+            indices = tuple(ways.by_scan)
+            prompts = {indices[place]: prompt for place, prompt in found.items()}
+        for chunks in ways.in_steps:
+            self._forward(pack(tuple(chunks)), ends_alone=True, in_steps=True)
+        # what goes with the rows takes no time of its own
+        return _Prefilled(prompts, is_typical=ways.with_rows == plan.missing), ways.with_rows
+
     def _prefill(self, chunks: tuple[Chunk, ...], rows: list[int]) -> _Prefilled:
         """Take chunks through the model, and with them the last tokens of ``rows``, given as by ``chunks_of_rows``."""
         is_typical = self._quick_prefill is None or not self._quick_prefill.can_run
@@ -195,14 +213,14 @@ class Runner:
         wanted = [index for index, chunk in enumerate(chunks) if chunk.wants_logprobs]
         return {index: self._prompt_logprobs(hidden, chunks[index], packed.bounds[index]) for index in wanted}
 
-    def _forward(self, chunks: PackedChunks, *, ends_alone: bool) -> Tensor:
+    def _forward(self, chunks: PackedChunks, *, ends_alone: bool, in_steps: bool = False) -> Tensor:
         """Hidden states of all tokens [T, H], or of the last token of each chunk [B, H]."""
         tokens, slots = chunks.tokens, chunks.slots
         packed = to_device(tokens + slots + chunks.bounds, torch.int64, self._device)
         ids, slot_ids, bounds = packed.tensor_split((len(tokens), len(tokens) + len(slots)))
         # a token alone would be a step
         longest = max(2, chunks.longest) if self._is_uniform else chunks.longest
-        packing = Packing(slot_ids, bounds.to(torch.int32), len(tokens), longest)
+        packing = Packing(slot_ids, bounds.to(torch.int32), len(tokens), longest, in_steps)
         return self._model.forward_packed(ids, packing, self._cache, ends_of(bounds) if ends_alone else None)
 
     def _prompt_logprobs(self, hidden: Tensor, chunk: Chunk, offset: int) -> PendingPrompt:

@@ -173,7 +173,11 @@ def graph_runner(model: Model, cache: MambaCache, vocab_size: int, capturer: Any
 
 
 def make_runner(mode: str, model: Model, cache: MambaCache, vocab_size: int) -> Runner:
-    """A runner that is "synchronous" or "overlapped", or overlapped with everything that a GPU has ("graphs")."""
+    """A runner that is "synchronous" or "overlapped", or overlapped with everything that a GPU has ("graphs"), or
+    synchronous with the ways that a CPU has ("uniform").
+    """
+    if mode == "uniform":
+        return Runner(model, cache, vocab_size, is_uniform=True)
     if mode == "graphs":
         runner = graph_runner(model, cache, vocab_size)
         runner.start()

@@ -33,7 +33,7 @@ PROMPT = (5, 17, 2, 44, 8, 1, 30, 9, 9, 21, 3, 50)
 EngineMaker = Callable[..., Engine]
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=[*MODES, "uniform"])
 def make_engine(request: pytest.FixtureRequest) -> EngineMaker:
     """Every test of this module holds whether steps overlap or not."""
     return partial(fakes.make_engine, mode=request.param)

@@ -85,7 +85,7 @@ WAYS: dict[str, dict[str, Any]] = {
 EngineMaker = Callable[..., Engine]
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=[*MODES, "uniform"])
 def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
