@@ -24,8 +24,8 @@ from mamba_core.ops import Packing
 BROKEN = -1
 
 
-class Model(Protocol):
-    """What the engine asks of a model; ``MambaForCausalLM`` is one."""
+class Forward(Protocol):
+    """What takes tokens through a model."""
 
     def forward_packed(
         self, input_ids: Tensor, packing: Packing, cache: MambaCache, wanted: Tensor | None = None
@@ -34,6 +34,10 @@ class Model(Protocol):
 
         Or of the tokens at ``wanted`` [W] int64 alone, [W, H].
         """
+
+
+class Model(Forward, Protocol):
+    """What the engine asks of a model; ``MambaForCausalLM`` is one."""
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [T, H] -> logits [T, V] float32, which the caller may change."""

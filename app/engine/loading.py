@@ -101,7 +101,7 @@ def build_engine(
     vocab_size = model.config.vocab_size
     budget = config.prefill_budget or DEFAULT_PREFILL_BUDGET[device.type]
     model.eval()
-    runner = _make_runner(model, cache, config)
+    runner = _make_runner(model, cache, budget, cuda_graphs=config.cuda_graphs)
     with stage("getting ready for the first steps"):
         runner.start()
     with stage("warming up"):
@@ -127,13 +127,14 @@ def warm_up(engine: Engine, vocab_size: int, batches: tuple[tuple[int, int], ...
                     raise RuntimeError("the model produced no usable token while warming up")
 
 
-def _make_runner(model: MambaForCausalLM, cache: MambaCache, config: EngineConfig) -> Runner:
+def _make_runner(model: MambaForCausalLM, cache: MambaCache, prefill_budget: int, *, cuda_graphs: bool) -> Runner:
     if cache.device.type != "cuda":
         return Runner(model, cache, model.config.vocab_size, is_uniform=True)
     # needs triton, which there may not be elsewhere
     from app.engine.cuda import cuda_runner
 
-    return cuda_runner(model, cache, model.config.vocab_size, cuda_graphs=config.cuda_graphs)
+    vocab_size = model.config.vocab_size
+    return cuda_runner(model, cache, vocab_size, cuda_graphs=cuda_graphs, prefill_budget=prefill_budget)
 
 
 def _describe(model: MambaForCausalLM, placement: Placement, num_slots: int, bytes_per_slot: int) -> ModelInfo:

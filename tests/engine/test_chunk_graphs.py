@@ -126,6 +126,32 @@ def test_large_chunks_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served == [True, True, False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("length", "parts"),
+    [
+        *((64, [64]), (96, [64, 32]), (104, [64, 40]), (128, [128]), (168, [128, 40]), (192, [128, 64])),
+        *((230, [128, 64, 38]), (256, [256]), (620, [256, 256, 64, 44]), (65, None), (90, None), (128 + 31, None)),
+    ],
+)
+def test_a_long_chunk_alone_goes_through_several_graphs(
+    monkeypatch: pytest.MonkeyPatch, length: int, parts: list[int] | None
+) -> None:
+    monkeypatch.setattr(chunk_graphs, "LARGEST_PADDED", 64)
+    notes = ShapeNotes()
+    shapes = [Shape(size, size, 1) for size in (16, 32, 40, 64, 128, 256)]
+    graphs, cache = make_chunk_graphs(*shapes, Shape(1024, 1024, 2), capturer=notes)
+    del notes.replayed[:]
+    hidden = run_chunks(graphs, {2: chunk_of(length)})
+    if parts is None:
+        assert hidden is None
+        assert notes.replayed == []
+        return
+    assert hidden is not None
+    assert cache.ssm[0, 2].item() == hidden.item() == state_after(chunk_of(length))
+    padded = [next(shape.num_tokens for shape in shapes if shape.num_tokens >= part) for part in parts]
+    assert notes.replayed == [f"a step of {size} prompt tokens" for size in padded]
+
+
 @pytest.mark.parametrize("num_chunks", [1, 2, 5, 8, 9, 17, 33, 64])
 @pytest.mark.parametrize("length", [2, 8, 31, 200, 700])
 def test_steps_of_prompts_have_graphs_that_are_not_much_larger(num_chunks: int, length: int) -> None:
@@ -136,6 +162,21 @@ def test_steps_of_prompts_have_graphs_that_are_not_much_larger(num_chunks: int, 
     else:
         # launched one by one, the operations of 130m to 2.8b take the host as long as 1,000 tokens the device or longer
         assert min(held).num_tokens <= max(1.5 * num_tokens + 64, 1024)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        *(((8192, 8192, 1), Shape(8192, 8192, 1)), ((8192, 2048, 4), Shape(8192, 2048, 8))),
+        *(((8192, 5000, 3), Shape(8192, 8192, 8)), ((4096, 3000, 2), Shape(4096, 4096, 8))),
+        *(((16384, 2048, 8), Shape(16384, 2048, 8)), ((16384, 16384, 1), Shape(16384, 16384, 1))),
+        *(((8191, 8191, 1), None), ((8192, 1024, 9), None), ((32768, 32768, 1), None)),
+    ],
+)
+def test_steps_of_many_tokens_have_graphs_if_they_are_full(size: tuple[int, int, int], expected: Shape | None) -> None:
+    for most in (8192, 20000):
+        held = [shape for shape in default_shapes(most) if shape.holds(*size)]
+        assert min(held, default=None) == (expected if size[0] <= most else None)
 
 
 def test_shares_of_one_prompt_or_of_a_few_are_sizes_of_graphs() -> None:

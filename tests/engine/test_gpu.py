@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from array import array
 
 import pytest
 import torch
 
 from app.engine import distribution
 from app.engine.chunk_graphs import ChunkGraphs
+from app.engine.chunks import PackedChunks
 from app.engine.cuda import cuda_runner
 from app.engine.engine import Engine
 from app.engine.memory import choose_max_num_seqs
@@ -169,10 +169,10 @@ def watch_replays(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     replayed: list[tuple[int, int]] = []
     run_chunks = ChunkGraphs.run
 
-    def watched(graphs: ChunkGraphs, tokens: array[int], slots: array[int], bounds: array[int]) -> bool:
-        found = run_chunks(graphs, tokens, slots, bounds)
-        if found:
-            replayed.append((len(tokens), len(slots)))
+    def watched(graphs: ChunkGraphs, chunks: PackedChunks) -> torch.Tensor | None:
+        found = run_chunks(graphs, chunks)
+        if found is not None:
+            replayed.append((len(chunks.tokens), len(chunks.slots)))
         return found
 
     monkeypatch.setattr(ChunkGraphs, "run", watched)
@@ -190,7 +190,8 @@ def test_chunks_that_have_graphs_give_the_same(model: MambaForCausalLM, monkeypa
     replayed = watch_replays(monkeypatch)
     assert run(engine, *requests).tokens == expected
     assert replayed.count((128, 1)) > 8
-    assert replayed.count((128, 2)) == 2
+    # while nobody streams yet, the last token of a prompt goes along
+    assert replayed.count((129, 2)) == replayed.count((128, 2)) == 1
 
 
 def test_many_prompts_that_have_graphs_give_the_same(model: MambaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,8 @@ def test_many_prompts_that_have_graphs_give_the_same(model: MambaForCausalLM, mo
     replayed = watch_replays(monkeypatch)
     assert run(engine, *requests).tokens == expected
     assert max(num_chunks for _, num_chunks in replayed) > 20
-    assert sum(num_tokens for num_tokens, _ in replayed) == sum(len(r.prompt_token_ids) - 1 for r in requests)
+    num_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    assert num_tokens - len(requests) <= sum(size for size, _ in replayed) <= num_tokens
 
 
 def test_what_cannot_be_captured_runs_without(
