@@ -12,6 +12,7 @@ from app.engine.runner import Runner
 from app.engine.slot_decoder import SlotDecoder
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaForCausalLM
+from mamba_core.staggered import Staggered
 
 
 def cuda_runner(
@@ -30,4 +31,6 @@ def cuda_runner(
     decoder = SlotDecoder(model, cache, vocab_size, tables, draw_tokens, make_steps)
     # a capturer of its own, so that a prefill that cannot be captured does not keep steps from being
     shapes = default_shapes(prefill_budget)
-    return Runner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, Capturer(cache.device), shapes))
+    return Runner(
+        model, cache, vocab_size, decoder, ChunkGraphs(Staggered(model), cache, Capturer(cache.device), shapes)
+    )

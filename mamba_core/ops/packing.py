@@ -35,7 +35,8 @@ class Packing:
     Without gradients, max_seqlen may be more than the longest, and the last sequence may end before T: the tokens after
     it belong to none, and what an op returns for them means nothing.
 
-    in_steps: a model may take the tokens as those of steps instead, one of a sequence behind the other.
+    in_steps: a model may take the tokens as those of steps instead, one of a sequence behind the other. num_beside: as
+    many such packings are at work at the same time, this one included, by which a kernel may choose how to go about it.
     """
 
     slots: Tensor
@@ -43,6 +44,7 @@ class Packing:
     num_tokens: int
     max_seqlen: int
     in_steps: bool = False
+    num_beside: int = 1
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], slots: Tensor, *, in_steps: bool = False) -> Packing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from types import ModuleType
 
@@ -269,6 +270,12 @@ def test_few_channels_are_shared_out_among_more_lanes_and_segments() -> None:
     assert length < 2048
     # what is long beside short ones has the machine to itself
     assert plan([2048, 1, 2], 1536) == (groups, length)
+    # beside others of its kind it has not
+    packing = make_packing([2048], "cpu", num_slots=300)
+    for num_channels, num_groups in ((5120, 4), (1536, 8)):
+        beside = dataclasses.replace(packing, num_beside=4)
+        tiling, length = triton_scan.choose_tiling(beside, num_channels, 16)
+        assert (tiling.groups, length) == (num_groups, 2048)
 
 
 def test_state_of_scattered_slots_is_refused(backend: Backend) -> None:

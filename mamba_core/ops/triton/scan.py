@@ -149,7 +149,7 @@ def choose_tiling(packing: Packing, dim: int, num_states: int) -> tuple[Tiling, 
     twice, but for the first and the last: they gain a tenth where whole sequences leave half the machine idle.
     """
     # channels of all sequences at work at once, on average until the longest is done
-    streams = dim * packing.num_tokens / packing.max_seqlen
+    streams = dim * packing.num_tokens / packing.max_seqlen * packing.num_beside
     if streams <= _FEW_STREAMS and packing.max_seqlen >= _LEAST_CUT_UP:
         tiling = _with_room(_SEGMENT_TILING, num_states)
         return tiling, triton.cdiv(triton.cdiv(packing.max_seqlen, _SEGMENTS), tiling.tile) * tiling.tile
