@@ -118,7 +118,7 @@ class Prefill:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens to prefill in all; the last token goes through decode."""
+        """Tokens to prefill in all; the last token goes through decode, or along with the last chunk."""
         return len(self.tokens) - 1
 
     @property
