@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-import torch
 from torch import Tensor
 
 from mamba_core import single_step
 from mamba_core.cache import MambaCache
-from mamba_core.modeling_mamba import MambaBlock, MambaModel
+from mamba_core.modeling_mamba import MambaModel
 from mamba_core.ops.triton import persistent_rows
+
+# less wide ones were not timed
+_LEAST_WIDTH = 768
 
 
 def is_applicable(model: MambaModel, num_rows: int) -> bool:
     """Whether ``few_rows_step`` can take the place of ``fused_step`` for so many rows, and is faster."""
-    layers = cast(list[MambaBlock], model.layers)
+    width = model.config.hidden_size
     return (
-        1 < num_rows <= persistent_rows.MAX_ROWS
-        and layers[0].mixer.in_proj.weight.dtype == torch.bfloat16
-        and single_step.is_applicable(model)
+        1 < num_rows <= persistent_rows.max_rows(width)
+        and width >= _LEAST_WIDTH
+        and single_step.suits(model, persistent_rows.is_applicable)
     )
 
 
 def few_rows_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:
-    """``fused_step`` for tokens, slots [B], B at most MAX_ROWS."""
+    """``fused_step`` for tokens, slots [B], B at most ``max_rows`` of the model's width."""
     return single_step.run(persistent_rows.step, model, tokens, slots, cache, counters)

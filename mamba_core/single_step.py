@@ -19,13 +19,14 @@ _LEAST_WIDTH = 1024
 
 def is_applicable(model: MambaModel) -> bool:
     """Whether ``single_step`` can take the place of ``fused_step`` for one row, and is faster."""
+    return model.config.hidden_size >= _LEAST_WIDTH and suits(model, persistent_step.is_applicable)
+
+
+def suits(model: MambaModel, can_run: Callable[[LayerWeights], bool]) -> bool:
+    """Whether a launch for all layers can run, which ``can_run`` for layers of such weights."""
     layers = cast(list[MambaBlock], model.layers)
-    return (
-        model.config.hidden_size >= _LEAST_WIDTH
-        # else its decays would be made anew, at another address, for every step
-        and not layers[0].mixer.A_log.is_inference()
-        and persistent_step.is_applicable(_weights_of_layer(model, 0))
-    )
+    # else its decays would be made anew, at another address, for every step
+    return not layers[0].mixer.A_log.is_inference() and can_run(_weights_of_layer(model, 0))
 
 
 def single_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:

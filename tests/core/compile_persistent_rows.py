@@ -21,6 +21,8 @@ SIZES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
     (16, 2560, 160, 16, 4, {}),
     (16, 4096, 256, 16, 4, {"NORM": True}),
     (5, 512, 40, 12, 3, {"HAS_BIAS": True, "HAS_CONV_BIAS": False, "NORM": True, "SKIP_DTYPE": gl.bfloat16}),
+    (8, 768, 48, 16, 4, {}),
+    (64, 768, 48, 16, 4, {}),
 ]
 USUAL = {"HAS_BIAS": False, "HAS_CONV_BIAS": True, "NORM": False, "SKIP_DTYPE": gl.float32}
 TYPES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from mamba_core import MambaCache, few_rows_step, fused_step, single_step
 from mamba_core.ops import Packing
-from mamba_core.ops.triton import step
+from mamba_core.ops.triton import persistent_rows, step
 from mamba_core.ops.triton.persistent_rows import MAX_ROWS, launch_constants
 from mamba_core.ops.triton.step import MAX_TILES
 from tests.compiling import records_of
 from tests.core.ops_cases import poison_memory
-from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error, warm_cache
+from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error, make_layer, warm_cache
 
 # a multiprocessor of compute capability 9.0 has 228 KiB, a block of threads at most
 SHARED_BYTES = 227 * 1024
@@ -36,35 +37,51 @@ def test_it_is_taken_for_a_few_rows(tiny_model: MakeModel, monkeypatch: pytest.M
 
     monkeypatch.setattr(few_rows_step, "few_rows_step", take)
     monkeypatch.setattr(single_step, "single_step", take)
-    monkeypatch.setattr(single_step, "is_applicable", lambda _: True)
+    monkeypatch.setattr(single_step, "suits", lambda *_: True)
     monkeypatch.setattr(step, "embed", launch_others)
     cache = MambaCache.from_config(backbone.config, MAX_ROWS + 2, dtype=torch.float32)
     counters = torch.zeros(MAX_TILES, dtype=torch.int32)
-    for rows in (2, 5, MAX_ROWS):
-        fused_step.fused_step(backbone, torch.arange(rows), torch.arange(rows), cache, counters)
-    assert [len(tokens) for tokens in steps] == [2, 5, MAX_ROWS]
-    with pytest.raises(NotImplementedError, match="17"):
-        fused_step.fused_step(backbone, torch.arange(MAX_ROWS + 1), torch.arange(MAX_ROWS + 1), cache, counters)
+    for width, most in ((768, MAX_ROWS), (1024, 16)):
+        monkeypatch.setattr(backbone.config, "hidden_size", width)
+        steps.clear()
+        for rows in (2, 5, most):
+            fused_step.fused_step(backbone, torch.arange(rows), torch.arange(rows), cache, counters)
+        assert [len(tokens) for tokens in steps] == [2, 5, most]
+        with pytest.raises(NotImplementedError, match=str(most + 1)):
+            fused_step.fused_step(backbone, torch.arange(most + 1), torch.arange(most + 1), cache, counters)
 
 
 @torch.inference_mode()
-def test_it_is_taken_for_bf16_alone(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(single_step, "is_applicable", lambda _: True)
-    assert few_rows_step.is_applicable(tiny_model().to(torch.bfloat16).backbone, 8)
-    assert not few_rows_step.is_applicable(tiny_model().backbone, 8)
+def test_it_is_taken_for_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(persistent_rows, "can_run", lambda _, tile: tile == 256)
+    layer = make_layer()
+    assert persistent_rows.is_applicable(layer)
+    assert not persistent_rows.is_applicable(replace(layer, in_proj=layer.in_proj.to(torch.int8)))
 
 
 @torch.inference_mode()
-def test_it_is_not_taken_where_the_kernel_cannot_run(tiny_model: MakeModel) -> None:
-    assert not any(few_rows_step.is_applicable(tiny_model().backbone, rows) for rows in range(20))
+def test_it_is_not_taken_where_the_kernel_cannot_run(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_model().backbone
+    monkeypatch.setattr(backbone.config, "hidden_size", 1024)
+    assert not any(few_rows_step.is_applicable(backbone, rows) for rows in range(20))
+    monkeypatch.setattr(single_step, "suits", lambda *_: True)
+    assert few_rows_step.is_applicable(backbone, 2)
+    monkeypatch.setattr(backbone.config, "hidden_size", 512)
+    assert not few_rows_step.is_applicable(backbone, 2)
 
 
-@pytest.mark.parametrize("width", [1024, 1536, 2048, 2560, 4096])
+@pytest.mark.parametrize("width", [768, 1024, 1280, 1536, 2048, 2560, 4096])
 @pytest.mark.parametrize("programs", [78, 132, 148])
-@pytest.mark.parametrize("rows", [2, 8, 9, 16])
+@pytest.mark.parametrize("rows", [2, 8, 9, 16, 17, 33, 64])
 def test_every_row_has_room(width: int, programs: int, rows: int) -> None:
+    if rows > persistent_rows.max_rows(width):
+        assert width >= 1024
+        return
     constants = launch_constants(rows, width, width // 16, 16, 4, programs)
-    assert constants["BLOCK_B"] >= rows
+    assert 0 <= constants["GROUPS"] * constants["BLOCK_B"] - rows < constants["BLOCK_B"]
+    # all at once
+    assert constants["GROUPS"] * constants["PROGRAMS"] <= programs
+    programs = constants["PROGRAMS"]
     # a program's channels come in eights
     channels = 8 * triton.cdiv(2 * width // 8, programs)
     assert 16 * constants["C_TILES"] >= channels
@@ -72,8 +89,13 @@ def test_every_row_has_room(width: int, programs: int, rows: int) -> None:
     assert constants["O_ROWS"] <= 16
     assert constants["O_TILES"] * constants["O_ROWS"] >= triton.cdiv(width, programs)
     assert constants["O_SPACE"] >= constants["O_TILES"]
+    assert constants["P_SPACE"] >= programs
+    # four of them to a thread, and not more threads than a warp has
+    assert constants["BLOCK_L"] <= 128
     assert constants["BLOCK_L"] * programs >= (width // 16 + 32) * constants["BLOCK_B"]
-    assert constants["STAGES"] > max(constants["AHEAD"], constants["OUT_AHEAD"], constants["GROUP"])
+    assert width % constants["WIDE"] == 0
+    taken = max(constants["GROUP"], constants["O_GROUP"] * constants["O_TILES"])
+    assert constants["STAGES"] > max(constants["AHEAD"], constants["OUT_AHEAD"], taken)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +111,8 @@ def test_it_compiles_and_fits(compiled: list[dict[str, Any]]) -> None:
         (16, 2560),
         (16, 4096),
         (5, 512),
+        (8, 768),
+        (64, 768),
     ]
     assert all(record["shared_bytes"] <= SHARED_BYTES for record in compiled)
 
@@ -114,6 +138,10 @@ def test_each_phase_is_counted_and_awaited(compiled: list[dict[str, Any]]) -> No
     ("family", "changes", "rows"),
     [
         ("mamba", {"hidden_size": 512, "num_hidden_layers": 3}, 2),
+        ("mamba", {"hidden_size": 768, "state_size": 16, "time_step_rank": 48}, 5),
+        ("mamba", {"hidden_size": 768, "state_size": 16, "time_step_rank": 48}, 13),
+        ("mamba", {"hidden_size": 768, "use_bias": True, "conv_kernel": 3}, 37),
+        ("falcon_mamba", {"hidden_size": 768, "state_size": 12}, 64),
         ("mamba", {"hidden_size": 1024, "state_size": 16}, 8),
         ("mamba", {"hidden_size": 1536, "use_bias": True, "use_conv_bias": False}, 7),
         ("mamba", {"hidden_size": 512, "state_size": 12, "time_step_rank": 40, "conv_kernel": 3}, 11),
@@ -129,16 +157,16 @@ def test_it_equals_the_layers(
     reference = tiny_model(family, **changes)
     reference.load_state_dict(model.state_dict())
     reference.to("cuda")
-    cache = warm_cache(model, 20)
+    cache = warm_cache(model, 80)
     before, plain, exact = (clone(cache, dtype) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32))
     counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(1)).to("cuda")
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(1)).to("cuda")
     slots, others = order[:rows], order[rows:]
     packing = Packing.step(slots)
     poison_memory(monkeypatch)
 
     for token in (5, 77, 0):
-        tokens = torch.arange(token, token + rows, device="cuda")
+        tokens = torch.arange(token, token + rows, device="cuda") % 97
         expected = reference.backbone.forward_packed(reference.backbone.embeddings(tokens), packing, exact)
         one_by_one = model.backbone.forward_packed(model.backbone.embeddings(tokens), packing, plain)
         hidden = few_rows_step.few_rows_step(model.backbone, tokens, slots, cache, counters)
@@ -171,12 +199,13 @@ def test_states_may_be_rounded_and_scratch_rows_shared(tiny_model: MakeModel) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("width", "rows"), [(768, 64), (1024, 16)])
 @torch.inference_mode()
-def test_it_repeats_to_the_bit(tiny_model: MakeModel) -> None:
-    model = bf16_model(tiny_model, "mamba", hidden_size=1024, num_hidden_layers=8)
+def test_it_repeats_to_the_bit(tiny_model: MakeModel, width: int, rows: int) -> None:
+    model = bf16_model(tiny_model, "mamba", hidden_size=width, num_hidden_layers=8)
     counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
-    tokens, slots = torch.arange(16, device="cuda"), torch.arange(1, 17, device="cuda")
-    start = warm_cache(model, 17)
+    tokens, slots = torch.arange(rows, device="cuda"), torch.arange(1, rows + 1, device="cuda")
+    start = warm_cache(model, rows + 1)
     first = clone(start, torch.bfloat16)
     hidden = few_rows_step.few_rows_step(model.backbone, tokens, slots, first, counters)
     for _ in range(50):

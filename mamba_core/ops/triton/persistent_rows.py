@@ -1,4 +1,4 @@
-"""One token each of 2 to 16 sequences through all layers in a single launch, where weights are large enough to pay."""
+"""One token each of several sequences through all layers in a single launch: 2 to 16, of a narrow model up to 64."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import triton
 from torch import Tensor
 
 from mamba_core.ops.triton.persistent_rows_kernel import persistent_rows_kernel
-from mamba_core.ops.triton.persistent_step import _SKIP_DTYPES, Weights
+from mamba_core.ops.triton.persistent_step import _SKIP_DTYPES, LayerWeights, Weights, can_run
 
-MAX_ROWS = 16
-# a stage: rows and columns of a weight
+# rows that a program can take, and those that several groups of programs can
+_PROGRAM_ROWS = 16
+MAX_ROWS = 64
+# models less wide than this leave programs without work, so that the rows are shared out as well
+_NARROW = 1024
+# rows of a stage; its columns, and those of models whose width is not a multiple
 _HIGH = 16
 _WIDE = 512
-_STAGE_BYTES = _HIGH * _WIDE * 2
+_LESS_WIDE = 256
 # shared memory of a multiprocessor, less what the barriers and the compiler need
 _SHARED_BYTES = 227 * 1024 - 4096
-_MAX_STAGES = 20
+_MAX_STAGES = 26
 # warps that multiply, and warps that copy
 _WARPS = 8
 _COPIERS = 4
@@ -39,7 +43,7 @@ def step(
     """tokens, slots [B] -> the last residuals times their norm's weight [B, H], and their squares in [shares, B].
 
     embeddings [V, H]; gain [H] of the first norm; conv_state [layers, S, D, K-1], ssm_state [layers, S, D, N];
-    counter int32, whose first element is zero before and after. B is at most MAX_ROWS.
+    counter int32, 32 elements for each group of rows, zero before and after. B is at most ``max_rows``.
     """
     layer, device = weights.layers[0], embeddings.device
     rows = len(tokens)
@@ -49,15 +53,17 @@ def step(
         layer.dt_proj.shape[1],
         layer.decay.shape[1],
     )
-    programs = torch.cuda.get_device_properties(device).multi_processor_count
-    constants = launch_constants(rows, width, rank, states, taps, programs)
+    available = torch.cuda.get_device_properties(device).multi_processor_count
+    constants = launch_constants(rows, width, rank, states, taps, available)
+    programs, groups = constants["PROGRAMS"], constants["GROUPS"]
     low_width, space = rank + 2 * states, constants["BLOCK_B"]
+    places = groups * space
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    gained, squares = room(rows, width, dtype=torch.bfloat16), room(programs, space)
-    persistent_rows_kernel[(programs,)](
+    gained, squares = room(rows, width, dtype=torch.bfloat16), room(programs, places)
+    persistent_rows_kernel[(programs, groups)](
         weights.table,
         tokens,
         embeddings,
@@ -65,8 +71,8 @@ def step(
         slots,
         conv_state,
         ssm_state,
-        room(programs, low_width, space),
-        room(space, low_width),
+        room(groups, programs, low_width, space),
+        room(places, low_width),
         room(rows, dim, dtype=torch.bfloat16),
         gained,
         squares,
@@ -88,21 +94,46 @@ def step(
         # all programs at once or none: they wait for each other
         launch_cooperative_grid=True,
     )
-    return gained, squares if rows == space else squares[:, :rows].contiguous()
+    return gained, squares if rows == places else squares[:, :rows].contiguous()
 
 
-def launch_constants(rows: int, width: int, rank: int, states: int, taps: int, programs: int) -> dict[str, int]:
+def max_rows(width: int) -> int:
+    """How many rows one launch can take, of a model of this width."""
+    return MAX_ROWS if width < _NARROW else _PROGRAM_ROWS
+
+
+def is_applicable(layer: LayerWeights) -> bool:
+    """Whether the kernel can run, for layers of such weights."""
+    return layer.in_proj.dtype == torch.bfloat16 and can_run(layer, _LESS_WIDE)
+
+
+def share_out(rows: int, width: int, available: int) -> tuple[int, int, int]:
+    """The rows of a group of programs, at most 16, the number of groups, and the programs of each."""
+    if width >= _NARROW:
+        return 8 if rows <= 8 else 16, 1, available
+    space = 8 if rows <= 16 else 16
+    groups = triton.cdiv(rows, space)
+    # of 16 channels each: more programs would not have less to do
+    tiles = triton.cdiv(2 * width, _HIGH)
+    return space, groups, triton.cdiv(tiles, triton.cdiv(tiles, available // groups))
+
+
+def launch_constants(rows: int, width: int, rank: int, states: int, taps: int, available: int) -> dict[str, int]:
     """What the kernel is compiled for besides the kind of model: its sizes, and how they are shared out."""
-    dim, low_width, space = 2 * width, rank + 2 * states, 8 if rows <= 8 else 16
+    space, groups, programs = share_out(rows, width, available)
+    dim, low_width = 2 * width, rank + 2 * states
+    wide = _WIDE if width % _WIDE == 0 else _LESS_WIDE
+    stage_bytes = _HIGH * wide * 2
     channels = 8 * triton.cdiv(dim // 8, programs)
     outputs = triton.cdiv(width, programs)
     c_tiles, o_tiles = triton.cdiv(channels, _HIGH), triton.cdiv(outputs, _HIGH)
     block_c = _HIGH * max(2, triton.next_power_of_2(c_tiles))
     o_space = triton.next_power_of_2(o_tiles)
-    columns = _HIGH * _WIDE // block_c
+    columns = _HIGH * wide // block_c
     sums = max(block_c // _HIGH, o_space) * _WARPS * _HIGH * space * 4
     kept = space * block_c * 10 + triton.cdiv(rank, columns) * columns * space * 2
     return {
+        "WIDE": wide,
         "H": width,
         "D": dim,
         "R": rank,
@@ -112,23 +143,26 @@ def launch_constants(rows: int, width: int, rank: int, states: int, taps: int, p
         "BLOCK_N": triton.next_power_of_2(states),
         "BLOCK_C": block_c,
         "BLOCK_L": 4 * triton.next_power_of_2(triton.cdiv(low_width * space // 4, programs)),
+        "P_SPACE": triton.next_power_of_2(programs),
         "C_TILES": c_tiles,
         "Z_TILES": max(1, c_tiles // 2),
         "O_TILES": o_tiles,
         "O_ROWS": triton.cdiv(outputs, o_tiles),
         "O_SPACE": o_space,
         "PROGRAMS": programs,
-        "STAGES": min((_SHARED_BYTES - sums - kept) // _STAGE_BYTES, _MAX_STAGES),
+        "GROUPS": groups,
+        "STAGES": min((_SHARED_BYTES - sums - kept) // stage_bytes, _MAX_STAGES),
         "WARPS": _WARPS,
         "COPIERS": _COPIERS,
-        "AHEAD": _stages_ahead(triton.cdiv(channels, c_tiles)),
-        "OUT_AHEAD": _stages_ahead(triton.cdiv(outputs, o_tiles)),
+        "AHEAD": _stages_ahead(triton.cdiv(channels, c_tiles), wide),
+        "OUT_AHEAD": _stages_ahead(triton.cdiv(outputs, o_tiles), wide),
         "S_WARPS": 4,
-        "DEPTH": 5,
-        "GROUP": 2,
+        "DEPTH": 5 if wide == _WIDE else 6,
+        "GROUP": 2 if wide == _WIDE else 3,
+        "O_GROUP": 1 if wide == _WIDE else max(1, 3 // o_tiles),
     }
 
 
-def _stages_ahead(rows: int) -> int:
+def _stages_ahead(rows: int, wide: int) -> int:
     """How many stages of so many rows may be on their way before the one last begun."""
-    return max(1, _BYTES_AHEAD // (rows * _WIDE * 2) - 1)
+    return max(1, _BYTES_AHEAD // (rows * wide * 2) - 1)

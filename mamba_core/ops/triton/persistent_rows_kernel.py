@@ -3,8 +3,11 @@
 As in ``persistent_step_kernel``, one program per multiprocessor owns a block of rows of every weight and stays for the
 whole step, and warps of their own copy its weights through a ring of stages in shared memory. Here the products run on
 the matrix units, weights as the operand that is 16 rows high, the sequences as its 8 or 16 columns. A stage is 16 rows
-of 512 columns; each multiplying warp has its own columns of all stages, so that what they are multiplied with is read
-once, straight into registers, and its share of the sums stays its own until a phase ends.
+of 512 columns, or of 256; each multiplying warp has its own columns of all stages, so that what they are multiplied
+with is read once, straight into registers, and its share of the sums stays its own until a phase ends.
+
+Where a model is narrow, more programs than its weights have tiles would only wait for more of each other, so there are
+fewer; and the sequences are shared out to groups of programs, each of which has all weights, and a counter, of its own.
 
 x_proj is split by its columns: a program has those of its own channels, which it knows without asking. Its shares of
 the sums go to memory, each program adds up a few of them over all programs, in a fixed order, and all read the result.
@@ -46,8 +49,6 @@ from mamba_core.ops.triton.persistent import (
 )
 from mamba_core.ops.triton.persistent_rows_tiles import (
     HIGH,
-    TILE,
-    WIDE,
     _copy_weights,
     _indices_2d,
     _indices_3d,
@@ -135,6 +136,7 @@ def _tell(
     BLOCK_B: gl.constexpr,
     O_ROWS: gl.constexpr,
     O_SPACE: gl.constexpr,
+    GROUPS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
     """Write this program's part of the residual [tiles, 16, B] for all: with the gain of the norm, and its squares."""
@@ -144,7 +146,7 @@ def _tell(
     gl.store(gained_ptr + (b * H + first + o), (residual * gain).to(gl.bfloat16), mask=mask)
     square = gl.sum(gl.sum(residual * residual, axis=0), axis=0)
     b = gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
-    gl.store(squares_ptr + gl.program_id(0) * BLOCK_B + b, square)
+    gl.store(squares_ptr + gl.program_id(0) * (GROUPS * BLOCK_B) + b, square)
 
 
 @gluon.jit
@@ -173,6 +175,7 @@ def _advance(
     ssm_stride,
     eps,
     inner_eps,
+    WIDE: gl.constexpr,
     H: gl.constexpr,
     D: gl.constexpr,
     R: gl.constexpr,
@@ -182,6 +185,7 @@ def _advance(
     BLOCK_N: gl.constexpr,
     BLOCK_C: gl.constexpr,
     BLOCK_L: gl.constexpr,
+    P_SPACE: gl.constexpr,
     C_TILES: gl.constexpr,
     Z_TILES: gl.constexpr,
     O_TILES: gl.constexpr,
@@ -192,15 +196,17 @@ def _advance(
     HAS_CONV_BIAS: gl.constexpr,
     NORM: gl.constexpr,
     PROGRAMS: gl.constexpr,
+    GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
     S_WARPS: gl.constexpr,
     DEPTH: gl.constexpr,
     GROUP: gl.constexpr,
+    O_GROUP: gl.constexpr,
 ):
     """What the warps that multiply do: the step itself."""
     LOW_WIDTH: gl.constexpr = R + 2 * N
-    LOW_ROWS: gl.constexpr = TILE // BLOCK_C
+    LOW_ROWS: gl.constexpr = HIGH * WIDE // BLOCK_C
     LOW_STAGES: gl.constexpr = (LOW_WIDTH + LOW_ROWS - 1) // LOW_ROWS
     DT_STAGES: gl.constexpr = (R + LOW_ROWS - 1) // LOW_ROWS
     C_SPACE: gl.constexpr = BLOCK_C // HIGH
@@ -228,6 +234,16 @@ def _advance(
     LOW: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
 
     pid = gl.program_id(0)
+    group = gl.program_id(1)
+    tokens_ptr += group * BLOCK_B
+    slots_ptr += group * BLOCK_B
+    gained_ptr += group * (BLOCK_B * H)
+    y_ptr += group * (BLOCK_B * D)
+    low_ptr += group * (BLOCK_B * LOW_WIDTH)
+    shares_ptr += group * (PROGRAMS * LOW_WIDTH * BLOCK_B)
+    squares_ptr += group * BLOCK_B
+    counter_ptr += group * 32
+    rows = gl.minimum(rows - group * BLOCK_B, BLOCK_B)
     first_c, count_c = _own_channels(D, PROGRAMS)
     first_o, count_o = _share(H, PROGRAMS)
     first_l, count_l = _share(LOW_WIDTH * BLOCK_B // 4, PROGRAMS)
@@ -240,7 +256,7 @@ def _advance(
     residual, gain = _begin(
         tokens_ptr, embeddings_ptr, gain_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, OUTPUT
     )
-    _tell(residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, OUTPUT)
+    _tell(residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, GROUPS, OUTPUT)
 
     at = (pid * 0, pid * 0)
     target = 0
@@ -279,9 +295,9 @@ def _advance(
 
         hidden = ()
         for j in gl.static_range(H // WIDE):
-            hidden += (_inputs(gained_ptr, j * WIDE, rows, H, BLOCK_B, WARPS),)
-        p, b = _indices_2d(256, BLOCK_B, EACH)
-        squares_at = squares_ptr + (p * BLOCK_B + b)
+            hidden += (_inputs(gained_ptr, j * WIDE, rows, WIDE, H, BLOCK_B, WARPS),)
+        p, b = _indices_2d(P_SPACE, BLOCK_B, EACH)
+        squares_at = squares_ptr + (p * (GROUPS * BLOCK_B) + b)
         squares = gl.load(squares_at, mask=(p < PROGRAMS) & (b >= 0), other=0.0, cache_modifier=".cg")
         at = _multiply_rows(ring, at, hidden, sums, 0, C_TILES, H // WIDE, BLOCK_B, STAGES, WARPS, GROUP)
         scale = 1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps)
@@ -301,7 +317,7 @@ def _advance(
         skip_at, gain_at = gl.load(entry + SKIP), gl.load(entry + GAIN)
         for i in gl.static_range(LOW_STAGES):
             acc = gl.zeros([LOW_ROWS, BLOCK_B], gl.float32, BLOCKS)
-            at, acc = _multiply_block(ring, at, inner, acc, LOW_ROWS, STAGES, WARPS)
+            at, acc = _multiply_block(ring, at, inner, acc, WIDE, LOW_ROWS, STAGES, WARPS)
             row, b = _indices_2d(LOW_ROWS, BLOCK_B, BLOCKS)
             share_at = shares_ptr + pid * (LOW_WIDTH * BLOCK_B) + ((i * LOW_ROWS + row) * BLOCK_B + b)
             gl.store(share_at, acc, mask=(i * LOW_ROWS + row < LOW_WIDTH) & (b >= 0))
@@ -335,7 +351,7 @@ def _advance(
         at = _multiply_rows(ring, at, hidden, sums, 0, Z_TILES, H // WIDE, BLOCK_B, STAGES, WARPS, GROUP)
 
         _await(counter_ptr, target)
-        p, i = _indices_2d(256, BLOCK_L, SHARES)
+        p, i = _indices_2d(P_SPACE, BLOCK_L, SHARES)
         some_at = gl.multiple_of(shares_ptr + (p * (LOW_WIDTH * BLOCK_B) + first_l * 4 + i), [1, 16])
         mask = gl.max_constancy((p < PROGRAMS) & (i < count_l * 4), [1, 4])
         total = gl.sum(gl.load(some_at, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
@@ -364,7 +380,7 @@ def _advance(
         dt = gl.zeros([BLOCK_C, BLOCK_B], gl.float32, BLOCKS)
         for i in gl.static_range(DT_STAGES):
             low = low_kept.index(i).permute((1, 0)).load(OPERAND)
-            at, dt = _multiply_block(ring, at, low, dt, BLOCK_C, STAGES, WARPS)
+            at, dt = _multiply_block(ring, at, low, dt, WIDE, BLOCK_C, STAGES, WARPS)
         if NORM:
             power = gl.convert_layout(power, gl.SliceLayout(0, BLOCKS))
             dt = dt / gl.sqrt(power / R + inner_eps)[None, :]
@@ -400,24 +416,31 @@ def _advance(
 
         pieces = ()
         for j in gl.static_range(DEPTH if DEPTH < D // WIDE else D // WIDE):
-            pieces += (_inputs(y_ptr, j * WIDE, rows, D, BLOCK_B, WARPS),)
+            pieces += (_inputs(y_ptr, j * WIDE, rows, WIDE, D, BLOCK_B, WARPS),)
         accs = ()
         for _ in gl.static_range(O_TILES):
             accs += (gl.zeros([WARPS, HIGH, BLOCK_B], gl.float32, TILES),)
-        for j in gl.static_range(D // WIDE):
-            if j + DEPTH < D // WIDE:
-                pieces += (_inputs(y_ptr, (j + DEPTH) * WIDE, rows, D, BLOCK_B, WARPS),)
-            at, w = _take(ring, at, O_TILES, STAGES, WARPS)
-            news = ()
-            for t in gl.static_range(O_TILES):
-                news += (mma_v2(w[t], pieces[j], accs[t]),)
-            accs = news
+        for first in gl.static_range(0, D // WIDE, O_GROUP):
+            for j in gl.static_range(first + DEPTH, first + DEPTH + O_GROUP):
+                if j < D // WIDE:
+                    pieces += (_inputs(y_ptr, j * WIDE, rows, WIDE, D, BLOCK_B, WARPS),)
+            at, w = _take(
+                ring, at, O_TILES * (O_GROUP if first + O_GROUP <= D // WIDE else D // WIDE - first), STAGES, WARPS
+            )
+            for j in gl.static_range(O_GROUP):
+                if first + j < D // WIDE:
+                    news = ()
+                    for t in gl.static_range(O_TILES):
+                        news += (mma_v2(w[j * O_TILES + t], pieces[first + j], accs[t]),)
+                    accs = news
         for t in gl.static_range(O_TILES):
             sums.index(t).store(accs[t])
         tile, row, b = _indices_3d(O_SPACE, HIGH, BLOCK_B, OUTPUT)
         mask = (row < O_ROWS) & (tile * O_ROWS + row < count_o) & (b < rows)
         residual += gl.where(mask, _total(sums, O_SPACE, BLOCK_B, WARPS, O_SUMS), 0.0)
-        _tell(residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, OUTPUT)
+        _tell(
+            residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, GROUPS, OUTPUT
+        )
         conv_ptr += conv_layer_stride
         ssm_ptr += ssm_layer_stride
 
@@ -449,6 +472,7 @@ def persistent_rows_kernel(
     ssm_stride,
     eps,
     inner_eps,
+    WIDE: gl.constexpr,
     H: gl.constexpr,
     D: gl.constexpr,
     R: gl.constexpr,
@@ -458,6 +482,7 @@ def persistent_rows_kernel(
     BLOCK_N: gl.constexpr,
     BLOCK_C: gl.constexpr,
     BLOCK_L: gl.constexpr,
+    P_SPACE: gl.constexpr,
     C_TILES: gl.constexpr,
     Z_TILES: gl.constexpr,
     O_TILES: gl.constexpr,
@@ -468,6 +493,7 @@ def persistent_rows_kernel(
     HAS_CONV_BIAS: gl.constexpr,
     NORM: gl.constexpr,
     PROGRAMS: gl.constexpr,
+    GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
     COPIERS: gl.constexpr,
@@ -476,19 +502,21 @@ def persistent_rows_kernel(
     S_WARPS: gl.constexpr,
     DEPTH: gl.constexpr,
     GROUP: gl.constexpr,
+    O_GROUP: gl.constexpr,
 ):
-    """gained [B, H] and squares [PROGRAMS, BLOCK_B] of the last residual for tokens [B], states in slots [B] moved on.
+    """gained [B, H] and squares [PROGRAMS, GROUPS BLOCK_B] of the last residual for tokens [B], states moved on.
 
-    table [layers, FIELDS] int64 addresses. shares [PROGRAMS, R + 2 N, BLOCK_B], low [BLOCK_B, R + 2 N] fp32, y [B, D]:
-    room for what programs tell each other. counter is zero before and after. COPIERS warps copy, AHEAD stages and one
+    table [layers, FIELDS] int64 addresses. slots [B]. shares [GROUPS, PROGRAMS, R + 2 N, BLOCK_B], low [GROUPS BLOCK_B,
+    R + 2 N] fp32, y [B, D]: room for what programs tell each other. counter [32 GROUPS] int32 is zero before and after.
+    COPIERS warps copy, AHEAD stages and one
     more at a time, OUT_AHEAD and one more of out_proj's.
     """
     LOW_WIDTH: gl.constexpr = R + 2 * N
-    LOW_ROWS: gl.constexpr = TILE // BLOCK_C
+    LOW_ROWS: gl.constexpr = HIGH * WIDE // BLOCK_C
     DT_STAGES: gl.constexpr = (R + LOW_ROWS - 1) // LOW_ROWS
     SPACE: gl.constexpr = O_SPACE if O_SPACE > BLOCK_C // HIGH else BLOCK_C // HIGH
     # a quarter of a warp reads 64 bytes of two rows: into different banks
-    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [2, 1, 0])
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, WIDE // WARPS // 32, [2, 1, 0])
     SWIZZLED_2D: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     FLAT_2D: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -535,6 +563,7 @@ def persistent_rows_kernel(
                     ssm_stride,
                     eps,
                     inner_eps,
+                    WIDE,
                     H,
                     D,
                     R,
@@ -544,6 +573,7 @@ def persistent_rows_kernel(
                     BLOCK_N,
                     BLOCK_C,
                     BLOCK_L,
+                    P_SPACE,
                     C_TILES,
                     Z_TILES,
                     O_TILES,
@@ -554,11 +584,13 @@ def persistent_rows_kernel(
                     HAS_CONV_BIAS,
                     NORM,
                     PROGRAMS,
+                    GROUPS,
                     STAGES,
                     WARPS,
                     S_WARPS,
                     DEPTH,
                     GROUP,
+                    O_GROUP,
                 ),
             ),
             (
@@ -567,6 +599,7 @@ def persistent_rows_kernel(
                     ring,
                     table_ptr,
                     layers,
+                    WIDE,
                     H,
                     D,
                     R,

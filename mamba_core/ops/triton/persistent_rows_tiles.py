@@ -21,10 +21,8 @@ from mamba_core.ops.triton.persistent import (
     _view,
 )
 
-# of a tile: rows, columns, and both together
+# rows of a tile
 HIGH = gl.constexpr(16)
-WIDE = gl.constexpr(512)
-TILE = gl.constexpr(16 * 512)
 
 
 @gluon.jit
@@ -79,17 +77,18 @@ def _put(
     first_row,
     num_rows,
     column,
+    WIDE: gl.constexpr,
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
     COPIERS: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
-    """Copy num_rows rows, 16 at most, of 512 columns of W [*, WIDTH] into the next slot, once that is free."""
+    """Copy num_rows rows, 16 at most, of WIDE columns of W [*, WIDTH] into the next slot, once that is free."""
     tiles, _, freed = ring
     slot, turn = at
     OWN: gl.constexpr = WIDE // WARPS
-    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [256 // OWN, 1, OWN // 8], [1, COPIERS, 1], [2, 1, 0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [64 // OWN, 4, OWN // 8], [1, COPIERS, 1], [2, 1, 0])
     share, row, own = _indices_3d(WARPS, HIGH, OWN, COPY)
     mask = gl.max_constancy((row < num_rows) & (share + own >= 0), [1, 1, OWN])
     w_ptr = _bf16(w_at) + first_row.to(gl.int64) * WIDTH + column
@@ -106,16 +105,17 @@ def _put_block(
     w_at,
     num_rows,
     num_columns,
+    WIDE: gl.constexpr,
     STRIDE: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     COPIERS: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
-    """The same for a block of at most [ROWS, TILE / ROWS], of whole 16 bytes a row."""
+    """The same for a block of at most [ROWS, HIGH * WIDE / ROWS], of whole 16 bytes a row."""
     tiles, _, freed = ring
     slot, turn = at
-    COLUMNS: gl.constexpr = TILE // ROWS
+    COLUMNS: gl.constexpr = HIGH * WIDE // ROWS
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [COPIERS, 1], [1, 0])
     row, column = _indices_2d(ROWS, COLUMNS, COPY)
@@ -131,6 +131,7 @@ def _copy_weights(
     ring,
     table_ptr,
     layers,
+    WIDE: gl.constexpr,
     H: gl.constexpr,
     D: gl.constexpr,
     R: gl.constexpr,
@@ -149,7 +150,7 @@ def _copy_weights(
     """What the warps do that copy: all stages of the step, in the order in which they are used."""
     first_c, count_c = _own_channels(D, PROGRAMS)
     first_o, count_o = _share(H, PROGRAMS)
-    LOW_ROWS: gl.constexpr = TILE // BLOCK_C
+    LOW_ROWS: gl.constexpr = HIGH * WIDE // BLOCK_C
     at = (first_c * 0, first_c * 0)
     in_next, p_next = gl.load(table_ptr + IN_PROJ), gl.load(table_ptr + X_PROJ)
     dt_next, out_next = gl.load(table_ptr + DT_PROJ), gl.load(table_ptr + OUT_PROJ)
@@ -161,27 +162,31 @@ def _copy_weights(
         for t in range(C_TILES):
             for j in range(H // WIDE):
                 row, left = first_c + t * HIGH, count_c - t * HIGH
-                at = _put(ring, at, in_at, row, left, j * WIDE, H, STAGES, WARPS, COPIERS, AHEAD)
+                at = _put(ring, at, in_at, row, left, j * WIDE, WIDE, H, STAGES, WARPS, COPIERS, AHEAD)
         for i in range((LOW_WIDTH + LOW_ROWS - 1) // LOW_ROWS):
             w_at = p_at + (i * LOW_ROWS * D + first_c).to(gl.int64) * 2
-            at = _put_block(ring, at, w_at, LOW_WIDTH - i * LOW_ROWS, count_c, D, LOW_ROWS, STAGES, COPIERS, AHEAD)
+            at = _put_block(
+                ring, at, w_at, LOW_WIDTH - i * LOW_ROWS, count_c, WIDE, D, LOW_ROWS, STAGES, COPIERS, AHEAD
+            )
         for t in range(C_TILES):
             for j in range(H // WIDE):
                 row, left = D + first_c + t * HIGH, count_c - t * HIGH
-                at = _put(ring, at, in_at, row, left, j * WIDE, H, STAGES, WARPS, COPIERS, AHEAD)
+                at = _put(ring, at, in_at, row, left, j * WIDE, WIDE, H, STAGES, WARPS, COPIERS, AHEAD)
         for i in range((R + LOW_ROWS - 1) // LOW_ROWS):
             w_at = dt_at + (first_c * R + i * LOW_ROWS).to(gl.int64) * 2
-            at = _put_block(ring, at, w_at, count_c, R - i * LOW_ROWS, R, BLOCK_C, STAGES, COPIERS, AHEAD)
+            at = _put_block(ring, at, w_at, count_c, R - i * LOW_ROWS, WIDE, R, BLOCK_C, STAGES, COPIERS, AHEAD)
         for j in range(D // WIDE):
             for t in range(O_TILES):
                 left = gl.minimum(count_o - t * O_ROWS, O_ROWS)
-                at = _put(ring, at, out_at, first_o + t * O_ROWS, left, j * WIDE, D, STAGES, WARPS, COPIERS, OUT_AHEAD)
+                at = _put(
+                    ring, at, out_at, first_o + t * O_ROWS, left, j * WIDE, WIDE, D, STAGES, WARPS, COPIERS, OUT_AHEAD
+                )
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def _inputs(x_ptr, column, rows, STRIDE: gl.constexpr, BLOCK_B: gl.constexpr, WARPS: gl.constexpr):
-    """What a tile is multiplied with: 512 columns of x [rows, STRIDE], each warp its own."""
+def _inputs(x_ptr, column, rows, WIDE: gl.constexpr, STRIDE: gl.constexpr, BLOCK_B: gl.constexpr, WARPS: gl.constexpr):
+    """What a tile is multiplied with: WIDE columns of x [rows, STRIDE], each warp its own."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     INPUT: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
     OWN: gl.constexpr = WIDE // WARPS
@@ -194,7 +199,7 @@ def _inputs(x_ptr, column, rows, STRIDE: gl.constexpr, BLOCK_B: gl.constexpr, WA
 
 @gluon.jit
 def _take(ring, at, COUNT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):
-    """The next COUNT tiles, each warp's columns of them, [WARPS, 16, 512 / WARPS]."""
+    """The next COUNT tiles, each warp's columns of them, [WARPS, 16, WIDE / WARPS]."""
     tiles, filled, freed = ring
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     slots = ()
@@ -217,14 +222,16 @@ def _take(ring, at, COUNT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constex
 
 
 @gluon.jit
-def _multiply_block(ring, at, x, acc, ROWS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr):
-    """acc [ROWS, B] and the next block [ROWS, TILE / ROWS] times x [TILE / ROWS, B], each warp its own rows."""
+def _multiply_block(
+    ring, at, x, acc, WIDE: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr
+):
+    """acc [ROWS, B] and the next block [ROWS, columns] times x [columns, B], each warp its own rows."""
     tiles, filled, freed = ring
     slot, turn = at
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
     mbarrier.wait(filled.index(slot), turn)
-    block = _view(tiles, gl.bfloat16, [STAGES, ROWS, TILE // ROWS], SHARED).index(slot)
+    block = _view(tiles, gl.bfloat16, [STAGES, ROWS, HIGH * WIDE // ROWS], SHARED).index(slot)
     w = block.load(gl.DotOperandLayout(0, MMA, 8))
     _barrier()
     mbarrier.arrive(freed.index(slot))

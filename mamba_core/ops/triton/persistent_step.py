@@ -76,6 +76,11 @@ class Weights:
 
 def is_applicable(layer: LayerWeights) -> bool:
     """Whether the kernel can run, for layers of such weights."""
+    return can_run(layer, _TILE)
+
+
+def can_run(layer: LayerWeights, tile: int) -> bool:
+    """The same for a kernel whose stages are ``tile`` columns wide."""
     width, (dim, taps) = layer.in_proj.shape[1], layer.taps.shape
     rank, states = layer.dt_proj.shape[1], layer.decay.shape[1]
     device = layer.in_proj.device
@@ -87,7 +92,7 @@ def is_applicable(layer: LayerWeights) -> bool:
         and layer.gain.dtype == torch.bfloat16
         and layer.skip.dtype in _SKIP_DTYPES
         and dim == 2 * width
-        and width % _TILE == 0
+        and width % tile == 0
         and width <= _MAX_WIDTH
         and rank % 8 == 0
         and states % 4 == 0
