@@ -17,7 +17,7 @@ from mamba_core.ops.triton.persistent_rows import MAX_ROWS, launch_constants
 from mamba_core.ops.triton.step import MAX_TILES
 from tests.compiling import records_of
 from tests.core.ops_cases import poison_memory
-from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error, make_layer, warm_cache
+from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error, launch_on_a_cpu, make_layer, warm_cache
 
 # a multiprocessor of compute capability 9.0 has 228 KiB, a block of threads at most
 SHARED_BYTES = 227 * 1024
@@ -98,6 +98,20 @@ def test_every_row_has_room(width: int, programs: int, rows: int) -> None:
     assert constants["STAGES"] > max(constants["AHEAD"], constants["OUT_AHEAD"], taken)
 
 
+@pytest.mark.parametrize(
+    ("width", "rows", "groups", "programs"),
+    [(768, 2, 1, 96), (768, 13, 2, 48), (768, 32, 4, 32), (768, 33, 3, 32), (1024, 16, 2, 64), (2560, 16, 1, 132)],
+)
+def test_its_launch_gives_the_kernel_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, width: int, rows: int, groups: int, programs: int
+) -> None:
+    recorder, gained, squares = launch_on_a_cpu(monkeypatch, persistent_rows, "persistent_rows_kernel", width, rows)
+    assert gained.shape == (rows, width)
+    # of each row, from each program of its group
+    assert squares.shape == (programs, rows)
+    assert recorder.grid == (programs, groups)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return records_of("tests.core.compile_persistent_rows", tmp_path_factory.mktemp("triton"))
@@ -143,6 +157,7 @@ def test_each_phase_is_counted_and_awaited(compiled: list[dict[str, Any]]) -> No
         ("mamba", {"hidden_size": 768, "use_bias": True, "conv_kernel": 3}, 37),
         ("falcon_mamba", {"hidden_size": 768, "state_size": 12}, 64),
         ("mamba", {"hidden_size": 1024, "state_size": 16}, 8),
+        ("mamba", {"hidden_size": 1024}, 15),
         ("mamba", {"hidden_size": 1536, "use_bias": True, "use_conv_bias": False}, 7),
         ("mamba", {"hidden_size": 512, "state_size": 12, "time_step_rank": 40, "conv_kernel": 3}, 11),
         ("falcon_mamba", {"hidden_size": 2560, "state_size": 16, "time_step_rank": 160, "num_hidden_layers": 1}, 8),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from mamba_core import MambaCache, MambaForCausalLM, fused_step, single_step
 from mamba_core.ops import Packing
-from mamba_core.ops.triton import persistent
+from mamba_core.ops.triton import persistent, persistent_step
 from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, is_applicable, launch_constants, locate
 from mamba_core.ops.triton.step import MAX_TILES
 from mamba_core.quantization import quantize_int8
@@ -82,6 +84,58 @@ def make_layer_of(layer: LayerWeights) -> LayerWeights:
 
 def test_it_is_not_for_a_cpu() -> None:
     assert not is_applicable(make_layer())
+
+
+class Recorder:
+    """Takes the place of a kernel and keeps what it is launched with, by name."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.names: list[str] = kernel.arg_names
+        self.grid: tuple[int, ...] = ()
+        self.arguments: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grid = grid
+        return self._launch
+
+    def _launch(self, *values: Any, **named: Any) -> None:
+        positional = dict(zip(self.names, values, strict=False))
+        assert not positional.keys() & named.keys()
+        self.arguments = positional | named
+
+
+def check_launch(recorder: Recorder, programs: int) -> None:
+    """Everything the kernel takes is given, addresses where it wants addresses, and no more programs than there are."""
+    options = {"num_warps", "launch_cooperative_grid"}
+    assert recorder.arguments.keys() == {*recorder.names, *options}
+    for name, value in recorder.arguments.items():
+        assert isinstance(value, Tensor) == name.endswith("_ptr"), name
+    assert recorder.arguments["launch_cooperative_grid"]
+    assert math.prod(recorder.grid) <= programs
+
+
+def launch_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, width: int, rows: int
+) -> tuple[Recorder, Tensor, Tensor]:
+    recorder = Recorder(getattr(module, name))
+    monkeypatch.setattr(module, name, recorder)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    weights = locate([make_layer(width), make_layer(width)], None)
+    table = torch.zeros(97, width, dtype=torch.bfloat16)
+    states = torch.zeros(2, rows, 2 * width, 3), torch.zeros(2, rows, 2 * width, 16)
+    slots, counters = torch.arange(rows), torch.zeros(MAX_TILES, dtype=torch.int32)
+    gained, squares = module.step(weights, slots, table, table[0], slots, *states, counters, 1e-5, None)
+    check_launch(recorder, 132)
+    return recorder, gained, squares
+
+
+@pytest.mark.parametrize("width", [1024, 2560])
+def test_its_launch_gives_the_kernel_what_it_takes(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    recorder, gained, squares = launch_on_a_cpu(monkeypatch, persistent_step, "persistent_step_kernel", width, rows=1)
+    assert gained.shape == (1, width)
+    assert squares.shape == (132, 1)
+    assert recorder.grid == (132,)
 
 
 @torch.inference_mode()

@@ -7,12 +7,14 @@ import triton
 from torch import Tensor
 
 from mamba_core.ops.triton.persistent_rows_kernel import persistent_rows_kernel
-from mamba_core.ops.triton.persistent_step import _SKIP_DTYPES, LayerWeights, Weights, can_run
+from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, can_run, launch_options
 
 # rows that a program can take, and those that several groups of programs can
 _PROGRAM_ROWS = 16
 MAX_ROWS = 64
-# models less wide than this leave programs without work, so that the rows are shared out as well
+# models less wide than the first leave programs without work, so that their rows are shared out; groups of programs,
+# which stream all weights each, are faster than launches below the second (on an H200, both)
+_SHARED_OUT = 1536
 _NARROW = 1024
 # rows of a stage; its columns, and those of models whose width is not a multiple
 _HIGH = 16
@@ -47,12 +49,7 @@ def step(
     """
     layer, device = weights.layers[0], embeddings.device
     rows = len(tokens)
-    width, (dim, taps), rank, states = (
-        layer.in_proj.shape[1],
-        layer.taps.shape,
-        layer.dt_proj.shape[1],
-        layer.decay.shape[1],
-    )
+    width, rank, states, taps = layer.sizes()
     available = torch.cuda.get_device_properties(device).multi_processor_count
     constants = launch_constants(rows, width, rank, states, taps, available)
     programs, groups = constants["PROGRAMS"], constants["GROUPS"]
@@ -73,26 +70,17 @@ def step(
         ssm_state,
         room(groups, programs, low_width, space),
         room(places, low_width),
-        room(rows, dim, dtype=torch.bfloat16),
+        room(rows, 2 * width, dtype=torch.bfloat16),
         gained,
         squares,
         counter,
         rows,
         len(weights.layers),
-        conv_state.stride(0),
-        conv_state.stride(1),
-        ssm_state.stride(0),
-        ssm_state.stride(1),
+        *conv_state.stride()[:2],
+        *ssm_state.stride()[:2],
         eps,
         inner_eps or 0.0,
-        SKIP_DTYPE=_SKIP_DTYPES[layer.skip.dtype],
-        HAS_BIAS=layer.in_bias is not None,
-        HAS_CONV_BIAS=layer.conv_bias is not None,
-        NORM=inner_eps is not None,
-        **constants,
-        num_warps=constants["WARPS"],
-        # all programs at once or none: they wait for each other
-        launch_cooperative_grid=True,
+        **launch_options(layer, inner_eps, constants),
     )
     return gained, squares if rows == places else squares[:, :rows].contiguous()
 
@@ -109,9 +97,9 @@ def is_applicable(layer: LayerWeights) -> bool:
 
 def share_out(rows: int, width: int, available: int) -> tuple[int, int, int]:
     """The rows of a group of programs, at most 16, the number of groups, and the programs of each."""
-    if width >= _NARROW:
+    if width >= _SHARED_OUT:
         return 8 if rows <= 8 else 16, 1, available
-    space = 8 if rows <= 16 else 16
+    space = 8 if rows <= 32 else 16
     groups = triton.cdiv(rows, space)
     # of 16 channels each: more programs would not have less to do
     tiles = triton.cdiv(2 * width, _HIGH)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import triton
@@ -64,6 +65,10 @@ class LayerWeights:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
+    def sizes(self) -> tuple[int, int, int, int]:
+        """H, R, N and K."""
+        return self.in_proj.shape[1], self.dt_proj.shape[1], self.decay.shape[1], self.taps.shape[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -81,8 +86,7 @@ def is_applicable(layer: LayerWeights) -> bool:
 
 def can_run(layer: LayerWeights, tile: int) -> bool:
     """The same for a kernel whose stages are ``tile`` columns wide."""
-    width, (dim, taps) = layer.in_proj.shape[1], layer.taps.shape
-    rank, states = layer.dt_proj.shape[1], layer.decay.shape[1]
+    (width, rank, states, taps), dim = layer.sizes(), layer.taps.shape[0]
     device = layer.in_proj.device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return False
@@ -129,12 +133,7 @@ def step(
     counter int32, whose first element is zero before and after.
     """
     layer, device = weights.layers[0], embeddings.device
-    width, (dim, taps), rank, states = (
-        layer.in_proj.shape[1],
-        layer.taps.shape,
-        layer.dt_proj.shape[1],
-        layer.decay.shape[1],
-    )
+    width, rank, states, taps = layer.sizes()
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     constants = launch_constants(width, rank, states, taps, programs, layer.in_proj.itemsize)
 
@@ -150,30 +149,35 @@ def step(
         slot,
         conv_state,
         ssm_state,
-        room(dim, torch.bfloat16),
+        room(2 * width, torch.bfloat16),
         room(rank + 2 * states, torch.float32),
-        room(dim, torch.bfloat16),
+        room(2 * width, torch.bfloat16),
         gained,
         squares,
         counter,
         len(weights.layers),
-        conv_state.stride(0),
-        conv_state.stride(1),
-        ssm_state.stride(0),
-        ssm_state.stride(1),
+        *conv_state.stride()[:2],
+        *ssm_state.stride()[:2],
         eps,
         inner_eps or 0.0,
-        SKIP_DTYPE=_SKIP_DTYPES[layer.skip.dtype],
-        HAS_BIAS=layer.in_bias is not None,
-        HAS_CONV_BIAS=layer.conv_bias is not None,
-        NORM=inner_eps is not None,
         WEIGHT_DTYPE=_WEIGHT_DTYPES[layer.in_proj.dtype],
-        **constants,
-        num_warps=constants["WARPS"],
-        # all programs at once or none: they wait for each other
-        launch_cooperative_grid=True,
+        **launch_options(layer, inner_eps, constants),
     )
     return gained[None], squares[:, None]
+
+
+def launch_options(layer: LayerWeights, inner_eps: float | None, constants: dict[str, int]) -> dict[str, Any]:
+    """What such a kernel is launched with by name: the kind of its model, and ``constants``."""
+    return {
+        "SKIP_DTYPE": _SKIP_DTYPES[layer.skip.dtype],
+        "HAS_BIAS": layer.in_bias is not None,
+        "HAS_CONV_BIAS": layer.conv_bias is not None,
+        "NORM": inner_eps is not None,
+        **constants,
+        "num_warps": constants["WARPS"],
+        # all programs at once or none: they wait for each other
+        "launch_cooperative_grid": True,
+    }
 
 
 def launch_constants(
