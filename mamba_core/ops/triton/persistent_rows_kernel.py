@@ -47,7 +47,16 @@ from mamba_core.ops.triton.persistent import (
     _softplus,
     _view,
 )
-from mamba_core.ops.triton.persistent_rows_parts import _begin, _home, _inputs_of_state, _slots, _state, _tell
+from mamba_core.ops.triton.persistent_rows_parts import (
+    _begin,
+    _home,
+    _inputs_of_state,
+    _past,
+    _slots,
+    _small,
+    _state,
+    _tell,
+)
 from mamba_core.ops.triton.persistent_rows_tiles import (
     HIGH,
     _copy_weights,
@@ -124,6 +133,8 @@ def _advance(
     LOW_STAGES: gl.constexpr = (LOW_WIDTH + LOW_ROWS - 1) // LOW_ROWS
     DT_STAGES: gl.constexpr = (R + LOW_ROWS - 1) // LOW_ROWS
     C_SPACE: gl.constexpr = BLOCK_C // HIGH
+    # whether the convolution's past is read a phase ahead: with more rows, a thread has no registers for that
+    EARLY: gl.constexpr = BLOCK_B == 8
     x_kept, z_kept, dt_kept, low_kept = kept
     TILES: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     BLOCKS: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
@@ -172,31 +183,60 @@ def _advance(
     )
     _tell(residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, GROUPS, OUTPUT)
 
+    if EARLY:
+        taps_at, conv_bias_at = gl.load(table_ptr + TAPS), gl.load(table_ptr + CONV_BIAS)
+        small = _small(
+            taps_at,
+            conv_bias_at,
+            conv_ptr,
+            conv_slot,
+            conv_stride,
+            first_c,
+            count_c,
+            rows,
+            K,
+            C_SPACE,
+            BLOCK_B,
+            HAS_CONV_BIAS,
+            CHANNEL,
+        )
+
     at = (pid * 0, pid * 0)
     target = 0
     for layer in range(layers):
         entry = table_ptr + layer * FIELDS
-        taps_at, conv_bias_at = gl.load(entry + TAPS), gl.load(entry + CONV_BIAS)
+        if EARLY:
+            following = table_ptr + gl.minimum(layer + 1, layers - 1) * FIELDS
+            taps_at, conv_bias_at = gl.load(following + TAPS), gl.load(following + CONV_BIAS)
+        else:
+            taps_at, conv_bias_at = gl.load(entry + TAPS), gl.load(entry + CONV_BIAS)
         in_bias_at, out_bias_at = gl.load(entry + IN_BIAS), gl.load(entry + OUT_BIAS)
+        if EARLY:
+            dt_bias_at, decay_at = gl.load(entry + DT_BIAS), gl.load(entry + DECAY)
+            skip_at, gain_at = gl.load(entry + SKIP), gl.load(entry + GAIN)
         target += PROGRAMS
         _count(counter_ptr)
         # what is small and this program's own, on its way while it waits
-        tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)
-        c = tile * HIGH + row
-        mask_c = c < count_c
-        taps_ptr = _bf16(taps_at) + (first_c + c) * K
-        past = gl.zeros([C_SPACE, HIGH, BLOCK_B], gl.float32, CHANNEL)
-        if HAS_CONV_BIAS:
-            conv_bias_ptr = _bf16(conv_bias_at) + first_c
-            past += gl.load(conv_bias_ptr + c, mask=mask_c, other=0.0).to(gl.float32)
-        window_ptr = conv_ptr + _home(conv_slot, conv_stride) + (first_c + c) * (K - 1)
-        columns = ()
-        for j in gl.static_range(K - 1):
-            old = gl.load(window_ptr + j, mask=mask_c & (b < rows), other=0.0)
-            past += old.to(gl.float32) * gl.load(taps_ptr + j, mask=mask_c, other=0.0).to(gl.float32)
-            columns += (old,)
-        newest = gl.load(taps_ptr + K - 1, mask=mask_c, other=0.0).to(gl.float32)
+        if not EARLY:
+            past, newest, columns = _past(
+                taps_at,
+                conv_bias_at,
+                conv_ptr,
+                conv_slot,
+                conv_stride,
+                first_c,
+                count_c,
+                rows,
+                K,
+                C_SPACE,
+                BLOCK_B,
+                HAS_CONV_BIAS,
+                CHANNEL,
+            )
         if HAS_BIAS:
+            tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)
+            c = tile * HIGH + row
+            mask_c = c < count_c
             in_bias_ptr = _bf16(in_bias_at) + first_c
             x_bias = gl.load(in_bias_ptr + c, mask=mask_c, other=0.0).to(gl.float32)
             z_bias = gl.load(in_bias_ptr + D + c, mask=mask_c, other=0.0).to(gl.float32)
@@ -220,15 +260,24 @@ def _advance(
         if HAS_BIAS:
             x += x_bias
         new = x.to(conv_ptr.dtype.element_ty)
-        x = past + new.to(gl.float32) * newest
+        if EARLY:
+            columns = small
+            x = new.to(gl.float32) * small[2 * K - 2].to(gl.float32)
+            for j in gl.static_range(K - 1):
+                x += small[j].to(gl.float32) * small[K - 1 + j].to(gl.float32)
+            if HAS_CONV_BIAS:
+                x += small[2 * K - 1].to(gl.float32)
+        else:
+            x = past + new.to(gl.float32) * newest
         # other programs' channels, and sums of tiles that are not there, may be anything but must count as zero
         tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)
         mask = (tile * HIGH + row < count_c) & (b < rows)
         x = gl.where(mask, x * _sigmoid(x), 0.0).to(gl.bfloat16)
         _view(x_kept, gl.bfloat16, [BLOCK_B, C_SPACE, HIGH], FLAT).permute((1, 2, 0)).store(x)
         inner = x_kept.permute((1, 0)).load(OPERAND)
-        dt_bias_at, decay_at = gl.load(entry + DT_BIAS), gl.load(entry + DECAY)
-        skip_at, gain_at = gl.load(entry + SKIP), gl.load(entry + GAIN)
+        if not EARLY:
+            dt_bias_at, decay_at = gl.load(entry + DT_BIAS), gl.load(entry + DECAY)
+            skip_at, gain_at = gl.load(entry + SKIP), gl.load(entry + GAIN)
         for i in gl.static_range(LOW_STAGES):
             acc = gl.zeros([LOW_ROWS, BLOCK_B], gl.float32, BLOCKS)
             at, acc = _multiply_block(ring, at, inner, acc, WIDE, LOW_ROWS, STAGES, WARPS)
@@ -326,6 +375,24 @@ def _advance(
             h_ptr = ssm_ptr + _home(ssm_slots[part], ssm_stride) + ((first_c + d) * N + n)
             mask = (d < count_c) & (n < N) & (part * 8 + b < rows)
             gl.store(h_ptr, moved[part].to(ssm_ptr.dtype.element_ty), mask=mask)
+        if EARLY:
+            # of the layer that follows; behind the last, of none that is
+            next_ptr = conv_ptr + gl.where(layer + 1 < layers, conv_layer_stride, 0)
+            small = _small(
+                taps_at,
+                conv_bias_at,
+                next_ptr,
+                conv_slot,
+                conv_stride,
+                first_c,
+                count_c,
+                rows,
+                K,
+                C_SPACE,
+                BLOCK_B,
+                HAS_CONV_BIAS,
+                CHANNEL,
+            )
         _await(counter_ptr, target)
 
         pieces = ()

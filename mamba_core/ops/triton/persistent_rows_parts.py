@@ -1,10 +1,11 @@
-"""What a program of ``persistent_rows_kernel`` reads of its own, and how it begins and tells the others of its part."""
+"""What a program of ``persistent_rows_kernel`` reads of its own, and what it tells the others of the residual."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from mamba_core.ops.triton.persistent import _bf16
 from mamba_core.ops.triton.persistent_rows_tiles import HIGH, _indices_2d, _indices_3d, _nothing
 
 
@@ -43,6 +44,73 @@ def _inputs_of_state(low_ptr, part, R: gl.constexpr, N: gl.constexpr, BLOCK_N: g
     mask = (n < N) & (b >= 0)
     b_ = gl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     return b_, gl.load(at + N, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@gluon.jit
+def _small(
+    taps_at,
+    conv_bias_at,
+    conv_ptr,
+    conv_slot,
+    conv_stride,
+    first,
+    count,
+    rows,
+    K: gl.constexpr,
+    C_SPACE: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    HAS_CONV_BIAS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Of the convolution: the window of this program's channels, the taps and the bias, [tiles, 16, B] each."""
+    tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, LAYOUT)
+    c = tile * HIGH + row
+    mask = c < count
+    taps_ptr = _bf16(taps_at) + (first + c) * K
+    window_ptr = conv_ptr + _home(conv_slot, conv_stride) + (first + c) * (K - 1)
+    small = ()
+    for j in gl.static_range(K - 1):
+        small += (gl.load(window_ptr + j, mask=mask & (b < rows), other=0.0),)
+    for j in gl.static_range(K):
+        small += (gl.load(taps_ptr + j, mask=mask, other=0.0),)
+    if HAS_CONV_BIAS:
+        small += (gl.load(_bf16(conv_bias_at) + (first + c), mask=mask, other=0.0),)
+    return small
+
+
+@gluon.jit
+def _past(
+    taps_at,
+    conv_bias_at,
+    conv_ptr,
+    conv_slot,
+    conv_stride,
+    first,
+    count,
+    rows,
+    K: gl.constexpr,
+    C_SPACE: gl.constexpr,
+    BLOCK_B: gl.constexpr,
+    HAS_CONV_BIAS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """The same, weighed: the convolution but for its newest inputs, their taps, and the columns of the window."""
+    tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, LAYOUT)
+    c = tile * HIGH + row
+    mask = c < count
+    taps_ptr = _bf16(taps_at) + (first + c) * K
+    past = gl.zeros([C_SPACE, HIGH, BLOCK_B], gl.float32, LAYOUT)
+    if HAS_CONV_BIAS:
+        conv_bias_ptr = _bf16(conv_bias_at) + first
+        past += gl.load(conv_bias_ptr + c, mask=mask, other=0.0).to(gl.float32)
+    window_ptr = conv_ptr + _home(conv_slot, conv_stride) + (first + c) * (K - 1)
+    columns = ()
+    for j in gl.static_range(K - 1):
+        old = gl.load(window_ptr + j, mask=mask & (b < rows), other=0.0)
+        past += old.to(gl.float32) * gl.load(taps_ptr + j, mask=mask, other=0.0).to(gl.float32)
+        columns += (old,)
+    newest = gl.load(taps_ptr + K - 1, mask=mask, other=0.0).to(gl.float32)
+    return past, newest, columns
 
 
 @gluon.jit
