@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mamba_core import few_rows_step, single_step
+from mamba_core import few_rows_step, single_step, wide_step
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import step as ops
@@ -42,6 +42,8 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
         return single_step.single_step(model, tokens, slots, cache, counters)
     if few_rows_step.is_applicable(model, len(tokens)):
         return few_rows_step.few_rows_step(model, tokens, slots, cache, counters)
+    if wide_step.is_applicable(model, len(tokens)):
+        return wide_step.wide_step(model, tokens, slots, cache, counters)
     layers = cast(list[MambaBlock], model.layers)
     # made, where they have to be made, before the first kernel: the others read them while their predecessor still runs
     decays = [layer.mixer.A() for layer in layers]

@@ -1,0 +1,198 @@
+"""What ``persistent_wide_kernel`` does between its products: convolution, recurrence, residual.
+
+A program's outputs of a product come as a power of two and the rest, in a tensor each; so do its channels, of which x
+and z are neighbouring columns of in_proj's sums.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from mamba_core.ops.triton.math import LOG2_E
+from mamba_core.ops.triton.persistent import _bf16, _sigmoid, _softplus
+from mamba_core.ops.triton.persistent_rows_tiles import _indices_2d, _indices_3d, _nothing
+from mamba_core.ops.triton.persistent_wide_tiles import QUARTERS, ROWS
+
+# rows of the residual that a program has, and rows whose states it moves on at a time
+OWN = gl.constexpr(16)
+PART = gl.constexpr(8)
+
+
+@gluon.jit
+def _pairs(acc):
+    """Even and odd columns of acc [64, WIDTH]."""
+    WIDTH: gl.constexpr = acc.type.shape[1]
+    return gl.split(gl.reshape(acc, [ROWS, WIDTH // 2, 2]))
+
+
+@gluon.jit
+def _home(slot, stride):
+    return (slot + _nothing()).to(gl.int64) * stride
+
+
+@gluon.jit
+def _window_at(conv_ptr, slots_ptr, stride, first, rows, like, K: gl.constexpr):
+    """Where the K - 1 inputs are that the convolution keeps of every row, for channels ``first`` on."""
+    LAYOUT: gl.constexpr = like.type.layout
+    COUNT: gl.constexpr = like.type.shape[1]
+    b, c = _indices_2d(ROWS, COUNT, LAYOUT)
+    mask = (b < rows) & (c >= 0)
+    slot = gl.load(slots_ptr + b, mask=b < rows, other=0)
+    return conv_ptr + slot * stride + (first + c) * (K - 1), mask, first + c
+
+
+@gluon.jit
+def _recall(
+    conv_ptr, slots_ptr, stride, first, rows, taps_at, bias_at, like, K: gl.constexpr, HAS_CONV_BIAS: gl.constexpr
+):
+    """What the convolution's past adds up to, and the weights of what comes newest."""
+    home, mask, c = _window_at(conv_ptr, slots_ptr, stride, first, rows, like, K)
+    taps_ptr = _bf16(taps_at) + c * K
+    past = gl.zeros_like(like)
+    if HAS_CONV_BIAS:
+        past += gl.load(_bf16(bias_at) + c).to(gl.float32)
+    for j in gl.static_range(K - 1):
+        old = gl.load(home + j, mask=mask, other=0.0)
+        past += old.to(gl.float32) * gl.load(taps_ptr + j).to(gl.float32)
+    return past, gl.load(taps_ptr + K - 1).to(gl.float32)
+
+
+@gluon.jit
+def _shift(conv_ptr, slots_ptr, stride, first, rows, newest, K: gl.constexpr):
+    """Move the convolution's past on, of which each element has one thread."""
+    home, mask, _ = _window_at(conv_ptr, slots_ptr, stride, first, rows, newest, K)
+    columns = ()
+    for j in gl.static_range(1, K - 1):
+        columns += (gl.load(home + j, mask=mask, other=0.0),)
+    for j in gl.static_range(1, K - 1):
+        gl.store(home + (j - 1), columns[j - 1], mask=mask)
+    gl.store(home + (K - 2), newest.to(conv_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def _convolve(acc, squares, recalled, eps, H: gl.constexpr, DTYPE: gl.constexpr):
+    """x after its convolution, the gate of z, and the newest input, of in_proj's sums before their norm."""
+    x, z = _pairs(acc)
+    ROW: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    scale = gl.convert_layout(1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps), ROW)[:, None]
+    past, taps = recalled
+    newest = (x * scale).to(DTYPE).to(gl.float32)
+    x = past + newest * taps
+    z = z * scale
+    return (x * _sigmoid(x)).to(gl.bfloat16), z * _sigmoid(z), newest
+
+
+@gluon.jit
+def _bias(bias_at, first, like):
+    """dt_proj's, of channels ``first`` on."""
+    LAYOUT: gl.constexpr = like.type.layout
+    COUNT: gl.constexpr = like.type.shape[1]
+    _, c = _indices_2d(1, COUNT, LAYOUT)
+    return gl.load(_bf16(bias_at) + first + c)
+
+
+@gluon.jit
+def _delta(acc, bias):
+    """The step sizes [64, channels] of dt_proj's sums."""
+    dt, _ = _pairs(acc)
+    return _softplus(dt + bias.to(gl.float32))
+
+
+@gluon.jit
+def _slots(slots_ptr, part, rows, LAYOUT: gl.constexpr):
+    b, _, _ = _indices_3d(PART, 1, 1, LAYOUT)
+    return gl.load(slots_ptr + part * PART + b, mask=part * PART + b < rows, other=0).to(gl.int32)
+
+
+@gluon.jit
+def _state_at(ssm_ptr, slot, stride, first, part, rows, COUNT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where the states of PART rows are, for COUNT channels from ``first`` on."""
+    b, d, n = _indices_3d(PART, COUNT, N, LAYOUT)
+    return ssm_ptr + _home(slot, stride) + ((first + d) * N + n), (part * PART + b < rows) & (d >= 0) & (n < N)
+
+
+@gluon.jit
+def _state(ssm_ptr, slot, stride, first, part, rows, COUNT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
+    home, mask = _state_at(ssm_ptr, slot, stride, first, part, rows, COUNT, N, LAYOUT)
+    return gl.load(home, mask=mask, other=0.0)
+
+
+@gluon.jit
+def _inputs_of_state(low_ptr, part, R: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
+    """B and C of PART rows."""
+    b, n = _indices_2d(PART, N, LAYOUT)
+    at = low_ptr + ((part * PART + b) * (R + 2 * N) + R + n)
+    return gl.load(at, cache_modifier=".cg"), gl.load(at + N, cache_modifier=".cg")
+
+
+@gluon.jit
+def _constants_of_state(
+    decay_at, skip_at, first, COUNT: gl.constexpr, N: gl.constexpr, SKIP_DTYPE: gl.constexpr, LAYOUT: gl.constexpr
+):
+    _, d, n = _indices_3d(1, COUNT, N, LAYOUT)
+    a = gl.load(decay_at.to(gl.pointer_type(gl.float32)) + ((first + d) * N + n)) * LOG2_E
+    _, d = _indices_2d(1, COUNT, gl.SliceLayout(2, LAYOUT))
+    return a, gl.load(skip_at.to(gl.pointer_type(SKIP_DTYPE)) + first + d).to(gl.float32)
+
+
+@gluon.jit
+def _moved(h, constants, inner, delta, x, gate):
+    """The states of PART rows moved on, and y."""
+    a, skip = constants
+    b, c = inner
+    x = x.to(gl.float32)
+    h = gl.exp2(gl.expand_dims(delta, 2) * a) * h.to(gl.float32) + gl.expand_dims(delta * x, 2) * gl.expand_dims(b, 1)
+    return h, (gl.sum(h * gl.expand_dims(c, 1), axis=2) + skip * x) * gate
+
+
+@gluon.jit
+def _own_rows(ptr, first_row, column, rows, STRIDE: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where this program's rows of COUNT columns are, and which of them."""
+    b, c = _indices_2d(OWN, COUNT, LAYOUT)
+    return ptr + ((first_row + b) * STRIDE + column + c), (first_row + b < rows) & (c >= 0)
+
+
+@gluon.jit
+def _embedded(
+    tokens_ptr, embeddings_ptr, first_row, column, rows, H: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr
+):
+    b, c = _indices_2d(OWN, COUNT, LAYOUT)
+    token = gl.load(tokens_ptr + first_row + b, mask=first_row + b < rows, other=0)
+    mask = (first_row + b < rows) & (c >= 0)
+    return gl.load(embeddings_ptr + token * H + (column + c), mask=mask, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _gain(gain_ptr, column, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+    _, c = _indices_2d(OWN, COUNT, LAYOUT)
+    return gl.load(gain_ptr + column + c)
+
+
+@gluon.jit
+def _shared(parts_ptr, first_row, column, rows, H: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+    """This program's part of out_proj: the sum of its shares."""
+    total = gl.zeros([OWN, COUNT], gl.float32, LAYOUT)
+    for i in gl.static_range(QUARTERS):
+        at, mask = _own_rows(parts_ptr + i * (ROWS * H), first_row, column, rows, H, COUNT, LAYOUT)
+        total += gl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@gluon.jit
+def _share(acc, part_ptr, column, rows, H: gl.constexpr):
+    """Write a share of out_proj."""
+    COUNT: gl.constexpr = acc.type.shape[1]
+    LAYOUT: gl.constexpr = acc.type.layout
+    b, c = _indices_2d(ROWS, COUNT, LAYOUT)
+    gl.store(part_ptr + (b * H + column + c), acc, mask=(b < rows) & (c >= 0))
+
+
+@gluon.jit
+def _tell(residual, gain, gained_ptr, first_row, column, rows, H: gl.constexpr):
+    """Write a part of the residual for all, with the gain of the norm; its squares [OWN]."""
+    COUNT: gl.constexpr = residual.type.shape[1]
+    LAYOUT: gl.constexpr = residual.type.layout
+    at, mask = _own_rows(gained_ptr, first_row, column, rows, H, COUNT, LAYOUT)
+    gl.store(at, (residual * gain.to(gl.float32)).to(gl.bfloat16), mask=mask)
+    return gl.sum(residual * residual, axis=1)
