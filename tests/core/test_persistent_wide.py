@@ -21,9 +21,8 @@ from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error,
 
 # a multiprocessor of compute capability 9.0 has 228 KiB, a block of threads at most
 SHARED_BYTES = 227 * 1024
-# the least widths it is made for, and taken for
+# the least width it is made for
 SMALL = {"hidden_size": 1024, "state_size": 16, "time_step_rank": 64, "num_hidden_layers": 2}
-LARGE = {"hidden_size": 2048, "state_size": 16, "time_step_rank": 128, "num_hidden_layers": 1}
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def grant_programs(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
 @torch.inference_mode()
 @pytest.mark.usefixtures("on_a_gpu")
 def test_it_is_taken_for_more_than_a_few_rows(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_model(**LARGE).to(torch.bfloat16).backbone
+    backbone = tiny_model(**SMALL).to(torch.bfloat16).backbone
     steps: list[int] = []
 
     def take(*arguments: Tensor) -> Tensor:
@@ -67,20 +66,20 @@ def test_it_is_taken_for_more_than_a_few_rows(tiny_model: MakeModel, monkeypatch
 @pytest.mark.usefixtures("on_a_gpu")
 def test_it_asks_for_bf16_without_biases_and_inner_norms(tiny_model: MakeModel) -> None:
     def applies(family: str = "mamba", dtype: torch.dtype = torch.bfloat16, **changes: object) -> bool:
-        return wide_step.is_applicable(tiny_model(family, **LARGE | changes).to(dtype).backbone, MAX_ROWS)
+        return wide_step.is_applicable(tiny_model(family, **SMALL | changes).to(dtype).backbone, MAX_ROWS)
 
     assert applies()
     assert applies(use_conv_bias=False)
     assert not applies(dtype=torch.float32)
     assert not applies(use_bias=True)
-    assert not applies(hidden_size=1024, time_step_rank=64)
+    assert not applies(hidden_size=768, time_step_rank=48)
     assert not applies("falcon_mamba")
 
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("on_a_gpu")
 def test_all_programs_must_run_at_once(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_model(**LARGE).to(torch.bfloat16).backbone
+    backbone = tiny_model(**SMALL).to(torch.bfloat16).backbone
     for programs, applies in ((PROGRAMS, True), (PROGRAMS - 1, False)):
         grant_programs(monkeypatch, programs)
         assert wide_step.is_applicable(backbone, MAX_ROWS) == applies
@@ -88,7 +87,7 @@ def test_all_programs_must_run_at_once(tiny_model: MakeModel, monkeypatch: pytes
 
 @torch.inference_mode()
 def test_it_is_not_taken_where_the_kernel_cannot_run(tiny_model: MakeModel) -> None:
-    assert not wide_step.is_applicable(tiny_model(**LARGE).to(torch.bfloat16).backbone, MAX_ROWS)
+    assert not wide_step.is_applicable(tiny_model(**SMALL).to(torch.bfloat16).backbone, MAX_ROWS)
 
 
 @pytest.mark.parametrize("width", [1024, 1536, 2048, 2560])
