@@ -10,6 +10,11 @@ from app.serving.tokenizer import Tokenizer
 
 # noncharacters of Unicode (U+FDD0 to U+FDEF): no text for interchange holds them, and one that does is kept as it is
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+# Unicode's, which tokens that take the space beside them go by; str.strip() would take U+001C to U+001F as well
+_WHITE_SPACE = (
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000"
+)
 
 
 class ControlTokens:
@@ -72,13 +77,13 @@ class ControlTokens:
             index = self._id_of[match[0]]
             token = self._tokenizer.special_tokens[index]
             piece = text[start : match.start()]
-            piece = piece.lstrip() if takes_space else piece
-            piece = piece.rstrip() if token.lstrip else piece
+            piece = piece.lstrip(_WHITE_SPACE) if takes_space else piece
+            piece = piece.rstrip(_WHITE_SPACE) if token.lstrip else piece
             if piece:
                 yield piece
             yield index
             start, takes_space = match.end(), token.rstrip
-        piece = text[start:].lstrip() if takes_space else text[start:]
+        piece = text[start:].lstrip(_WHITE_SPACE) if takes_space else text[start:]
         if piece:
             yield piece
 

@@ -44,6 +44,12 @@ def test_a_template_is_read_as_the_library_reads_it(text: str) -> None:
     assert TOKENS.encode(text, add_special_tokens=False) == REFERENCE.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.parametrize("space", [chr(point) for point in range(0x3100) if chr(point).isspace()])
+def test_white_space_beside_a_token_is_what_the_library_takes_for_it(space: str) -> None:
+    text = f"a{space}<|close|>{space}b"
+    assert TOKENS.encode(text, add_special_tokens=False) == REFERENCE.encode(text, add_special_tokens=False)
+
+
 @given(TEXTS, TEXTS)
 def test_what_a_client_writes_is_text(one: str, two: str) -> None:
     shielded = TOKENS.shield({"a": [one, {"b": two}], "c": 5})
