@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mamba_core import MambaCache, fused_step, single_step, wide_step
 from mamba_core.ops import Packing
-from mamba_core.ops.triton import step
+from mamba_core.ops.triton import persistent_wide, step
 from mamba_core.ops.triton.persistent_wide import MAX_ROWS, PROGRAMS, fits, launch_constants
 from mamba_core.ops.triton.step import MAX_TILES
 from mamba_core.wide_step import LEAST_ROWS
 from tests.compiling import records_of
 from tests.core.ops_cases import poison_memory
-from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error, warm_cache
+from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error, launch_on_a_cpu, warm_cache
 
 # a multiprocessor of compute capability 9.0 has 228 KiB, a block of threads at most
 SHARED_BYTES = 227 * 1024
@@ -88,6 +88,15 @@ def test_all_programs_must_run_at_once(tiny_model: MakeModel, monkeypatch: pytes
 @torch.inference_mode()
 def test_it_is_not_taken_where_the_kernel_cannot_run(tiny_model: MakeModel) -> None:
     assert not wide_step.is_applicable(tiny_model(**SMALL).to(torch.bfloat16).backbone, MAX_ROWS)
+
+
+@pytest.mark.parametrize("rows", [17, 33, MAX_ROWS])
+def test_its_launch_gives_the_kernel_what_it_takes(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    recorder, gained, squares = launch_on_a_cpu(monkeypatch, persistent_wide, "persistent_wide_kernel", 2560, rows)
+    assert gained.shape == (rows, 2560)
+    # of each row, from each group of programs
+    assert squares.shape == (32, rows)
+    assert recorder.grid == (PROGRAMS,)
 
 
 @pytest.mark.parametrize("width", [1024, 1536, 2048, 2560])

@@ -169,12 +169,19 @@ def step(
 def launch_options(layer: LayerWeights, inner_eps: float | None, constants: dict[str, int]) -> dict[str, Any]:
     """What such a kernel is launched with by name: the kind of its model, and ``constants``."""
     return {
-        "SKIP_DTYPE": _SKIP_DTYPES[layer.skip.dtype],
         "HAS_BIAS": layer.in_bias is not None,
-        "HAS_CONV_BIAS": layer.conv_bias is not None,
         "NORM": inner_eps is not None,
         **constants,
-        "num_warps": constants["WARPS"],
+        **launch_basics(layer, constants["WARPS"]),
+    }
+
+
+def launch_basics(layer: LayerWeights, num_warps: int) -> dict[str, Any]:
+    """What every kernel for all layers is launched with by name."""
+    return {
+        "SKIP_DTYPE": _SKIP_DTYPES[layer.skip.dtype],
+        "HAS_CONV_BIAS": layer.conv_bias is not None,
+        "num_warps": num_warps,
         # all programs at once or none: they wait for each other
         "launch_cooperative_grid": True,
     }

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mamba_core.ops.triton.persistent_step import _SKIP_DTYPES, Weights
+from mamba_core.ops.triton.persistent_step import Weights, launch_basics
 from mamba_core.ops.triton.persistent_wide_kernel import persistent_wide_kernel
 
 # a product's operand is so high
@@ -58,8 +58,8 @@ def step(
     """
     assert inner_eps is None
     layer, device, rows = weights.layers[0], embeddings.device, len(tokens)
-    width, (dim, taps), rank = layer.in_proj.shape[1], layer.taps.shape, layer.dt_proj.shape[1]
-    low_width = rank + 2 * _STATES
+    width, rank, states, taps = layer.sizes()
+    low_width = rank + 2 * states
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -76,24 +76,18 @@ def step(
         room(PROGRAMS, MAX_ROWS, low_width),
         room(MAX_ROWS, low_width),
         room(MAX_ROWS, low_width, dtype=torch.bfloat16),
-        room(rows, dim, dtype=torch.bfloat16),
+        room(rows, 2 * width, dtype=torch.bfloat16),
         room(PROGRAMS // _GROUPS, MAX_ROWS, width),
         gained,
         squares,
         counters,
         rows,
         len(weights.layers),
-        conv_state.stride(0),
-        conv_state.stride(1),
-        ssm_state.stride(0),
-        ssm_state.stride(1),
+        *conv_state.stride()[:2],
+        *ssm_state.stride()[:2],
         eps,
-        SKIP_DTYPE=_SKIP_DTYPES[layer.skip.dtype],
-        HAS_CONV_BIAS=layer.conv_bias is not None,
         **launch_constants(rows, width, rank, taps),
-        num_warps=WARPS,
-        # all programs at once or none: they wait for each other
-        launch_cooperative_grid=True,
+        **launch_basics(layer, WARPS),
     )
     return gained, squares if rows == MAX_ROWS else squares[:, :rows].contiguous()
 
