@@ -33,7 +33,8 @@ class MambaCache:
     """The states of ``num_slots`` sequences, allocated once and written in place.
 
     conv [layers, S, D, K-1]: the last K-1 inputs of each convolution, oldest first. ssm [layers, S, D, N]. A slot
-    starts as zeros. Under ``generate()`` row i of the batch is slot i.
+    starts as zeros. Under ``generate()`` row i of the batch is slot i. On a GPU conv is a view of [layers, S, K-1, D],
+    so that threads read neighbouring channels at once.
     """
 
     # what generate() asks of any cache: neither static-compiled nor cut back to an earlier token
@@ -60,13 +61,15 @@ class MambaCache:
         """Zeroed cache for a model: ``dtype`` is the model's, ``state_dtype`` that of the SSM state."""
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
-        conv_shape, ssm_shape = _slot_shapes(config)
+        (channels, taps), ssm_shape = _slot_shapes(config)
         layers = config.num_hidden_layers
+        is_tap_major = torch.device(device).type == "cuda"
+        conv_shape = (taps, channels) if is_tap_major else (channels, taps)
         # tensors made under inference mode could never be written outside of it
         with torch.inference_mode(False):
             conv = torch.zeros(layers, num_slots, *conv_shape, dtype=dtype, device=device)
             ssm = torch.zeros(layers, num_slots, *ssm_shape, dtype=state_dtype, device=device)
-        return cls(conv, ssm)
+        return cls(conv.mT if is_tap_major else conv, ssm)
 
     @staticmethod
     def slot_bytes(config: MambaConfig, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32) -> int:

@@ -15,6 +15,7 @@ from tests.compiling import compiled_for_hopper, print_records, source_of
 NUM_STATES, WIDTH = 16, 4
 SCAN = {"N": NUM_STATES, "BLOCK_N": 16, "ALIGN": 8}
 CONV = {"K": WIDTH, "HAS_BIAS": True, "BLOCK_D": 128}
+CONV_STEP = CONV | {"BLOCK_K": 4, "BLOCK_B": 4, "BLOCK_D": 256}
 TILES = {"N": NUM_STATES, "ALIGN": 16, "CHECKPOINT": 16}
 WIDE = {"GROUPS": 4, "STATES": 4, "WARPS": 4, "TILE": 16}
 NORM = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True, "ROWS": 4, "BLOCK_H": 512}
@@ -30,8 +31,9 @@ KERNELS: list[tuple[str, str, dict[str, Any], int]] = [
     ("scan_tile_kernels", "scan_tile_kernel", TILES | WIDE | {"WORK": 2}, 4),
     ("scan_kernels", "scan_step_kernel", {"N": NUM_STATES, "BLOCK_N": 16, "BLOCK_D": 64}, 4),
     ("scan_backward_kernels", "scan_backward_kernel", SCAN | {"BLOCK_D": 32, "CHECKPOINT": 16}, 1),
-    ("conv_kernels", "conv_kernel", CONV | {"STRIPS": 4, "STRIP": 8}, 4),
-    ("conv_kernels", "conv_step_kernel", CONV, 4),
+    ("conv_kernels", "conv_kernel", CONV | {"STRIPS": 4, "STRIP": 8, "TAP_MAJOR": True}, 4),
+    ("conv_kernels", "conv_step_kernel", CONV_STEP | {"TAP_MAJOR": True}, 4),
+    ("conv_kernels", "conv_step_kernel", CONV_STEP | {"TAP_MAJOR": False}, 4),
     ("conv_backward_kernels", "conv_backward_weight_kernel", CONV | {"BLOCK_K": 4, "BLOCK_T": 16}, 4),
     ("conv_backward_kernels", "conv_backward_head_kernel", CONV | {"BLOCK_K": 4}, 4),
     ("conv_backward_kernels", "conv_backward_input_kernel", {"K": WIDTH, "BLOCK_T": 16, "BLOCK_D": 128}, 4),

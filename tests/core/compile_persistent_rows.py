@@ -13,18 +13,27 @@ from mamba_core.ops.triton.persistent_rows_kernel import persistent_rows_kernel
 from tests.compiling import compiled_for_hopper, print_records, source_of
 
 PROGRAMS = 132
-# rows, H, R, N, K and what else a model may have: published sizes, and one of everything else
+# one of everything that published models have not
+ODD = {"HAS_BIAS": True, "HAS_CONV_BIAS": False, "TAP_MAJOR": False, "NORM": True, "SKIP_DTYPE": gl.bfloat16}
+# rows, H, R, N, K and what else a model may have: published sizes, and another
 SIZES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
     (8, 1024, 64, 16, 4, {}),
     (8, 2048, 128, 16, 4, {}),
     (8, 2560, 160, 16, 4, {}),
     (16, 2560, 160, 16, 4, {}),
     (16, 4096, 256, 16, 4, {"NORM": True}),
-    (5, 512, 40, 12, 3, {"HAS_BIAS": True, "HAS_CONV_BIAS": False, "NORM": True, "SKIP_DTYPE": gl.bfloat16}),
+    (
+        5,
+        512,
+        40,
+        12,
+        3,
+        ODD,
+    ),
     (8, 768, 48, 16, 4, {}),
     (64, 768, 48, 16, 4, {}),
 ]
-USUAL = {"HAS_BIAS": False, "HAS_CONV_BIAS": True, "NORM": False, "SKIP_DTYPE": gl.float32}
+USUAL = {"HAS_BIAS": False, "HAS_CONV_BIAS": True, "TAP_MAJOR": True, "NORM": False, "SKIP_DTYPE": gl.float32}
 TYPES = {
     **dict.fromkeys(("table_ptr", "tokens_ptr", "slots_ptr"), "*i64"),
     **dict.fromkeys(("shares_ptr", "low_ptr", "squares_ptr", "ssm_ptr"), "*fp32"),

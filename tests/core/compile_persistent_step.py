@@ -13,16 +13,25 @@ from mamba_core.ops.triton.persistent_step_kernel import persistent_step_kernel
 from tests.compiling import compiled_for_hopper, print_records, source_of
 
 PROGRAMS = 132
-# H, R, N, K, the bytes of a weight and what else a model may have: published sizes, and one of everything else
+# one of everything that published models have not
+ODD = {"HAS_BIAS": True, "HAS_CONV_BIAS": False, "TAP_MAJOR": False, "NORM": True, "SKIP_DTYPE": gl.bfloat16}
+# H, R, N, K, the bytes of a weight and what else a model may have: published sizes, and another
 SIZES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
     (1024, 64, 16, 4, 2, {}),
     (2048, 128, 16, 4, 2, {}),
     (2560, 160, 16, 4, 2, {}),
     (1024, 64, 16, 4, 1, {}),
     (2560, 160, 16, 4, 1, {}),
-    (512, 40, 12, 3, 2, {"HAS_BIAS": True, "HAS_CONV_BIAS": False, "NORM": True, "SKIP_DTYPE": gl.bfloat16}),
+    (
+        512,
+        40,
+        12,
+        3,
+        2,
+        ODD,
+    ),
 ]
-USUAL = {"HAS_BIAS": False, "HAS_CONV_BIAS": True, "NORM": False, "SKIP_DTYPE": gl.float32}
+USUAL = {"HAS_BIAS": False, "HAS_CONV_BIAS": True, "TAP_MAJOR": True, "NORM": False, "SKIP_DTYPE": gl.float32}
 TYPES = {
     **dict.fromkeys(("table_ptr", "tokens_ptr", "slots_ptr"), "*i64"),
     **dict.fromkeys(("low_ptr", "squares_ptr", "ssm_ptr"), "*fp32"),

@@ -18,9 +18,9 @@ SIZES: list[tuple[int, int, int, int, dict[str, Any]]] = [
     (64, 1536, 96, 4, {}),
     (64, 2048, 128, 4, {}),
     (64, 2560, 160, 4, {}),
-    (20, 2560, 48, 3, {"HAS_CONV_BIAS": False, "SKIP_DTYPE": gl.bfloat16}),
+    (20, 2560, 48, 3, {"HAS_CONV_BIAS": False, "TAP_MAJOR": False, "SKIP_DTYPE": gl.bfloat16}),
 ]
-USUAL = {"HAS_CONV_BIAS": True, "SKIP_DTYPE": gl.float32}
+USUAL = {"HAS_CONV_BIAS": True, "TAP_MAJOR": True, "SKIP_DTYPE": gl.float32}
 TYPES = {
     **dict.fromkeys(("table_ptr", "tokens_ptr", "slots_ptr"), "*i64"),
     **dict.fromkeys(("shares_ptr", "low_ptr", "parts_ptr", "squares_ptr", "ssm_ptr"), "*fp32"),

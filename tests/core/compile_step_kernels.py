@@ -13,7 +13,9 @@ MODULES = (step_kernels, step_matvec_kernels, step_product_kernels, step_state_k
 
 ROWS = {"ROWS": 2, "BLOCK_R": 2, "BLOCK_N": 4, "BLOCK_K": 512, "STEPS": 5, "EXACT": True}
 TILE = {"BLOCK_B": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EVEN": True}
-IN = {"K": 4, "HAS_BIAS": False, "HAS_CONV_BIAS": True, "PARTS": 640, "BLOCK_P": 1024}
+IN = {"K": 4, "TAP_MAJOR": True, "HAS_BIAS": False, "HAS_CONV_BIAS": True, "PARTS": 640, "BLOCK_P": 1024}
+NO_CONV = {"K": 0, "TAP_MAJOR": False, "HAS_CONV_BIAS": False}
+LATE = {"EARLY": False, "TAP_MAJOR": False}
 SHARED = {"SHARE": 640, "SHARES": 8}
 LOW = {"R": 160, "BLOCK_R": 256, "NORM": True}
 STATES = {"N": 16, "BLOCK_N": 16, "BLOCK_D": 32}
@@ -24,11 +26,14 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("matvec_in_kernel", IN | ROWS | {"X_ROW": 1}),
     (
         "matvec_in_kernel",
-        ROWS | {"K": 0, "HAS_BIAS": False, "HAS_CONV_BIAS": False, "PARTS": 0, "BLOCK_P": 1, "X_ROW": 2},
+        ROWS | NO_CONV | {"HAS_BIAS": False, "PARTS": 0, "BLOCK_P": 1, "X_ROW": 2},
     ),
     ("matvec_out_kernel", ROWS | {"HAS_BIAS": True}),
     ("product_in_kernel", IN | TILE | {"EARLY": True, "PARTS": 40, "BLOCK_P": 64}),
-    ("product_in_kernel", IN | TILE | {"EARLY": False, "PARTS": 0, "BLOCK_P": 1, "BLOCK_B": 64, "EVEN": False}),
+    (
+        "product_in_kernel",
+        IN | TILE | LATE | {"PARTS": 0, "BLOCK_P": 1, "BLOCK_B": 64, "EVEN": False},
+    ),
     ("product_shared_kernel", TILE | SHARED | {"SUM": True}),
     ("product_out_kernel", TILE | SHARED | {"HAS_BIAS": False}),
     ("gather_kernel", {"SHARES": 8, "HAS_BIAS": False, "BLOCK_H": 4096}),

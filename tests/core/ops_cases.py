@@ -147,6 +147,11 @@ def make_conv(
     return ConvCase(x, random(num_channels, width), bias, state, make_packing(lengths, device))
 
 
+def by_taps(state: Tensor) -> Tensor:
+    """A copy of a convolution's state [..., D, K-1] as GPUs keep it: all channels of a tap together."""
+    return state.mT.clone(memory_format=torch.contiguous_format).mT
+
+
 def error_ratio(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected; NaN anywhere gives NaN, which no bound admits."""
     difference = (actual.double() - expected.double()).norm()

@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from mamba_core import MambaCache, MambaConfig, StateSnapshot
+from tests.core.ops_cases import by_taps
 
 CONFIG = MambaConfig(vocab_size=8, hidden_size=6, state_size=3, num_hidden_layers=2, conv_kernel=4)
 
 
-@pytest.fixture
-def cache() -> MambaCache:
+@pytest.fixture(params=["by channels", "by taps"])
+def cache(request: pytest.FixtureRequest) -> MambaCache:
     made = MambaCache.from_config(CONFIG, 5, dtype=torch.bfloat16)
+    if request.param == "by taps":
+        made = MambaCache(by_taps(made.conv), made.ssm)
     torch.manual_seed(0)
     made.conv.normal_()
     made.ssm.normal_()
@@ -34,6 +37,20 @@ def test_shapes_dtypes_and_bytes() -> None:
     assert cache.conv.count_nonzero() == cache.ssm.count_nonzero() == 0
     assert cache.bytes_per_slot == MambaCache.slot_bytes(CONFIG, torch.bfloat16) == 2 * 12 * 3 * (2 + 4)
     assert MambaCache.slot_bytes(CONFIG, torch.float32, torch.bfloat16) == cache.bytes_per_slot
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_all_channels_of_a_tap_together() -> None:
+    cache = MambaCache.from_config(CONFIG, 5, dtype=torch.bfloat16, device="cuda")
+    assert cache.conv.shape == (2, 5, 12, 3)
+    assert cache.conv.mT.is_contiguous()
+    before = MambaCache.from_config(CONFIG, 1, dtype=torch.bfloat16)
+    before.conv.normal_()
+    cache.load(2, before.export(0).to("cuda"))
+    cache.copy(2, [1, 4])
+    for slot, is_copy in enumerate([False, True, True, False, True]):
+        assert torch.equal(cache.conv[:, slot].cpu(), before.conv[:, 0]) == is_copy
+        assert torch.equal(cache.export(slot).to("cpu").conv, before.conv[:, 0]) == is_copy
 
 
 def test_bytes_of_a_published_size_need_no_memory() -> None:

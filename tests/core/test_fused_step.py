@@ -13,7 +13,7 @@ from mamba_core.ops import Packing
 from mamba_core.ops.triton.quantized import Matrix, dequantize
 from mamba_core.ops.triton.step import MAX_TILES, project_head
 from mamba_core.quantization import Int8Linear, quantize_int8
-from tests.core.ops_cases import poison_memory
+from tests.core.ops_cases import by_taps, poison_memory
 from tests.core.step_cases import clone, error, widened
 
 MakeModel = Callable[..., MambaForCausalLM]
@@ -86,6 +86,26 @@ def test_fused_step_equals_the_layers(
     others[slots.cpu()] = False
     assert torch.equal(cache.ssm[:, others], before.ssm[:, others])
     assert torch.equal(cache.conv[:, others], before.conv[:, others])
+
+
+@pytest.mark.parametrize("changes", [{}, ODD], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 3, 17, 33, 65])
+@torch.inference_mode()
+def test_a_convolutions_inputs_may_lie_by_channels_or_by_taps(
+    tiny_model: MakeModel, changes: dict[str, object], num_rows: int
+) -> None:
+    model = tiny_model("mamba", **changes).to(DTYPE).to(DEVICE)
+    slots = (1 + torch.randperm(num_rows + 3, generator=torch.Generator().manual_seed(1))[:num_rows]).to(DEVICE)
+    tokens = torch.arange(num_rows, device=DEVICE) % model.config.vocab_size
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
+    start = warm_cache(model, num_rows + 4, DTYPE)
+    channels = MambaCache(start.conv.clone(memory_format=torch.contiguous_format), start.ssm.clone())
+    taps = MambaCache(by_taps(start.conv), start.ssm.clone())
+    for _ in range(3):
+        hidden = fused_step(model.backbone, tokens, slots, taps, counters)
+        assert torch.equal(hidden, fused_step(model.backbone, tokens, slots, channels, counters))
+    assert torch.equal(taps.conv, channels.conv)
+    assert torch.equal(taps.ssm, channels.ssm)
 
 
 @torch.inference_mode()

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from mamba_core.ops import Packing, cpu, reference
 from mamba_core.ops.triton import conv as triton_conv
-from tests.core.ops_cases import Backend, ConvCase, error_ratio, make_backend, make_conv, poison_memory, untouched
+from tests.core.ops_cases import (
+    Backend,
+    ConvCase,
+    by_taps,
+    error_ratio,
+    make_backend,
+    make_conv,
+    poison_memory,
+    untouched,
+)
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3}
 
@@ -89,10 +98,51 @@ def test_step_equals_scan_of_ones(backend: Backend, width: int, dtype: torch.dty
     assert torch.equal(state, scanned_state)
 
 
-def gradients(case: ConvCase, backend: Backend | None) -> list[Tensor]:
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("lengths", "num_channels", "width"), SHAPES)
+def test_triton_takes_states_that_lie_by_taps(
+    lengths: list[int], num_channels: int, width: int, dtype: torch.dtype
+) -> None:
+    triton = make_backend("triton")
+    case = make_conv(lengths, num_channels, width, dtype, triton.device)
+    by_channels, state = case.state.clone(), by_taps(case.state)
+    assert torch.equal(case.run(triton.ops, state), case.run(triton.ops, by_channels))
+    assert torch.equal(state, by_channels)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("width", [2, 3, 4, 5])
+@pytest.mark.parametrize("num_channels", [97, 272])
+def test_triton_steps_states_that_lie_by_taps(num_channels: int, width: int, dtype: torch.dtype) -> None:
+    triton = make_backend("triton")
+    case = make_conv([1] * 7, num_channels, width, dtype, triton.device, has_bias=width % 2 == 0)
+    by_channels, state = case.state.clone(), by_taps(case.state)
+    y, expected = (
+        triton.ops.causal_conv1d_step(case.x, case.weight, case.bias, s, case.packing.slots)
+        for s in (state, by_channels)
+    )
+    assert torch.equal(y, expected)
+    assert torch.equal(state, by_channels)
+    others = untouched(case.packing)
+    assert torch.equal(state[others], case.state[others])
+
+
+def test_triton_refuses_a_slot_with_gaps() -> None:
+    triton = make_backend("triton")
+    case = make_conv([5], 64, 4, device=triton.device)
+    with pytest.raises(ValueError, match="each slot of the state must be contiguous, by channels or by taps"):
+        case.run(triton.ops, case.state.repeat(1, 1, 2)[..., :3])
+    with pytest.raises(ValueError, match="each slot of the state must be contiguous, by channels or by taps"):
+        triton.ops.causal_conv1d_step(
+            case.x[:1], case.weight, None, case.state.repeat(1, 2, 1)[:, ::2], case.packing.slots
+        )
+
+
+def gradients(case: ConvCase, backend: Backend | None, *, is_by_taps: bool = False) -> list[Tensor]:
+    state = by_taps(case.state) if is_by_taps else case.state.clone()
     leaves = [t.detach().clone().requires_grad_() for t in (case.x, case.weight, case.bias) if t is not None]
     ops = reference if backend is None else backend.ops
-    y = ops.causal_conv1d(*leaves[:2], leaves[2] if case.bias is not None else None, case.state.clone(), case.packing)
+    y = ops.causal_conv1d(*leaves[:2], leaves[2] if case.bias is not None else None, state, case.packing)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.device)
     (y * dy).sum().backward()
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -106,6 +156,13 @@ def test_gradients_equal_the_references(backend: Backend, width: int, has_bias: 
     assert len(actual) == len(expected) == 2 + has_bias
     for one, other in zip(actual, expected, strict=True):
         assert error_ratio(one, other) < 1e-5
+
+
+def test_gradients_reach_past_states_that_lie_by_taps() -> None:
+    triton = make_backend("triton")
+    case = make_conv([17, 0, 1, 2, 40], 97, 4, device=triton.device)
+    for one, other in zip(gradients(case, triton, is_by_taps=True), gradients(case, triton), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_gradients_of_more_tokens_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:

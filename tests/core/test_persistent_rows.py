@@ -214,6 +214,23 @@ def test_states_may_be_rounded_and_scratch_rows_shared(tiny_model: MakeModel) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("width", "rows"), [(768, 64), (1024, 5)])
+@torch.inference_mode()
+def test_a_convolutions_inputs_may_lie_by_channels_or_by_taps(tiny_model: MakeModel, width: int, rows: int) -> None:
+    model = bf16_model(tiny_model, "mamba", hidden_size=width)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
+    tokens, slots = torch.arange(rows, device="cuda"), torch.arange(1, rows + 1, device="cuda")
+    taps = warm_cache(model, rows + 1)
+    assert taps.conv.mT.is_contiguous()
+    channels = MambaCache(taps.conv.clone(memory_format=torch.contiguous_format), taps.ssm.clone())
+    for _ in range(3):
+        hidden = few_rows_step.few_rows_step(model.backbone, tokens, slots, taps, counters)
+        assert torch.equal(hidden, few_rows_step.few_rows_step(model.backbone, tokens, slots, channels, counters))
+    assert torch.equal(taps.conv, channels.conv)
+    assert torch.equal(taps.ssm, channels.ssm)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("width", "rows"), [(768, 64), (1024, 16)])
 @torch.inference_mode()
 def test_it_repeats_to_the_bit(tiny_model: MakeModel, width: int, rows: int) -> None:

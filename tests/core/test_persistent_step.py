@@ -280,6 +280,22 @@ def test_it_equals_the_layers(
 
 @pytest.mark.gpu
 @torch.inference_mode()
+def test_a_convolutions_inputs_may_lie_by_channels_or_by_taps(tiny_model: MakeModel) -> None:
+    model = bf16_model(tiny_model, "mamba", hidden_size=1024)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
+    tokens, slots = torch.tensor([7], device="cuda"), torch.tensor([1], device="cuda")
+    taps = warm_cache(model, 2)
+    assert taps.conv.mT.is_contiguous()
+    channels = MambaCache(taps.conv.clone(memory_format=torch.contiguous_format), taps.ssm.clone())
+    for _ in range(3):
+        hidden = single_step.single_step(model.backbone, tokens, slots, taps, counters)
+        assert torch.equal(hidden, single_step.single_step(model.backbone, tokens, slots, channels, counters))
+    assert torch.equal(taps.conv, channels.conv)
+    assert torch.equal(taps.ssm, channels.ssm)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
 def test_it_repeats_to_the_bit(tiny_model: MakeModel) -> None:
     model = bf16_model(tiny_model, "mamba", hidden_size=1024, num_hidden_layers=8)
     counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")

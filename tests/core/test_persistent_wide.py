@@ -229,6 +229,23 @@ def test_states_may_be_rounded_and_scratch_rows_shared(tiny_model: MakeModel) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [1024, 2560])
+@torch.inference_mode()
+def test_a_convolutions_inputs_may_lie_by_channels_or_by_taps(tiny_model: MakeModel, width: int) -> None:
+    model = bf16_model(tiny_model, "mamba", **SMALL | {"hidden_size": width})
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
+    tokens, slots = torch.arange(40, device="cuda"), torch.arange(1, 40 + 1, device="cuda")
+    taps = warm_cache(model, 41)
+    assert taps.conv.mT.is_contiguous()
+    channels = MambaCache(taps.conv.clone(memory_format=torch.contiguous_format), taps.ssm.clone())
+    for _ in range(3):
+        hidden = wide_step.wide_step(model.backbone, tokens, slots, taps, counters)
+        assert torch.equal(hidden, wide_step.wide_step(model.backbone, tokens, slots, channels, counters))
+    assert torch.equal(taps.conv, channels.conv)
+    assert torch.equal(taps.ssm, channels.ssm)
+
+
+@pytest.mark.gpu
 @torch.inference_mode()
 def test_it_repeats_to_the_bit(tiny_model: MakeModel) -> None:
     model = bf16_model(tiny_model, "mamba", **SMALL | {"num_hidden_layers": 8})

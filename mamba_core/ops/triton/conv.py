@@ -16,7 +16,7 @@ from mamba_core.ops.triton.conv_backward_kernels import (
     conv_backward_weight_kernel,
 )
 from mamba_core.ops.triton.conv_kernels import conv_kernel, conv_step_kernel
-from mamba_core.ops.triton.layout import as_rows, check_state
+from mamba_core.ops.triton.layout import as_rows, is_tap_major
 
 # a warp walks down a strip of tokens, four channels a lane, and reads each input once
 _STRIPS = 4
@@ -24,13 +24,16 @@ _STRIP = 8
 _BLOCK_T = 16
 _BLOCK_D = 128
 _WARPS = 4
+# of one token a row: a warp has a row, eight channels a lane
+_STEP_B = 4
+_STEP_D = 256
 # programs that share out the tokens of a weight gradient: bounds the partial sums
 _BACKWARD_PROGRAMS = 256
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
     """See ``mamba_core.ops.causal_conv1d``."""
-    check_state(state)
+    is_tap_major(state)
     if packing.num_tokens == 0:
         return torch.empty_like(x)
     x, weight = as_rows(x), weight.contiguous()
@@ -60,6 +63,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, pack
         y.stride(0),
         state.stride(0),
         K=width,
+        TAP_MAJOR=is_tap_major(state),
         HAS_BIAS=bias is not None,
         STRIPS=_STRIPS,
         STRIP=_STRIP,
@@ -74,7 +78,7 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, packing: Packing) -> Tensor:
-        history = state[packing.slots]
+        history = state[packing.slots].contiguous()
         y = _forward(x, weight, bias, state, packing)
         ctx.save_for_backward(x, weight, bias, history)
         ctx.packing = packing
@@ -162,7 +166,6 @@ def _backward(
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
     """See ``mamba_core.ops.causal_conv1d_step``."""
-    check_state(state)
     x = as_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     convolve_step(x, weight.contiguous(), bias, state, slots, y)
@@ -172,19 +175,23 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Te
 def convolve_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor, y: Tensor) -> None:
     """``causal_conv1d_step`` of rows with contiguous channels into y [B, D], which may be x."""
     dim, width = weight.shape
-    conv_step_kernel[(x.shape[0], triton.cdiv(dim, _BLOCK_D))](
+    conv_step_kernel[(triton.cdiv(x.shape[0], _STEP_B), triton.cdiv(dim, _STEP_D))](
         x,
         weight,
         weight if bias is None else bias,
         y,
         state,
         slots,
+        x.shape[0],
         dim,
         x.stride(0),
         y.stride(0),
         state.stride(0),
         K=width,
+        BLOCK_K=triton.next_power_of_2(width),
+        TAP_MAJOR=is_tap_major(state),
         HAS_BIAS=bias is not None,
-        BLOCK_D=_BLOCK_D,
-        num_warps=_BLOCK_D // 32,
+        BLOCK_B=_STEP_B,
+        BLOCK_D=_STEP_D,
+        num_warps=_WARPS,
     )

@@ -13,6 +13,15 @@ from mamba_core.ops.triton.math import LOG2_E, sigmoid
 
 
 @triton.jit
+def at_home(state_ptr, slot, d, dim, K: tl.constexpr, TAP_MAJOR: tl.constexpr):
+    """Where the oldest inputs of channels d lie in a slot that begins at ``slot``, and how far apart the taps are."""
+    if TAP_MAJOR:
+        return state_ptr + slot + d, dim
+    else:  # noqa: RET505  what is not there must not be compiled
+        return state_ptr + slot + d * (K - 1), 1
+
+
+@triton.jit
 def _silu(v):
     # the square of a reciprocal square root: one instruction and a product where a division takes six
     root = tl.rsqrt(1.0 + tl.exp2(v * -LOG2_E))
@@ -36,6 +45,7 @@ def conv_kernel(
     y_stride,
     state_stride,
     K: tl.constexpr,
+    TAP_MAJOR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STRIPS: tl.constexpr,
     STRIP: tl.constexpr,
@@ -55,10 +65,10 @@ def conv_kernel(
         row = program.to(tl.int64)
         begin = tl.load(cu_seqlens_ptr + row).to(tl.int64)
         length = tl.load(cu_seqlens_ptr + row + 1).to(tl.int64) - begin
-        home = state_ptr + tl.load(slots_ptr + row) * state_stride + d * (K - 1)
+        home, tap_stride = at_home(state_ptr, tl.load(slots_ptr + row) * state_stride, d, dim, K, TAP_MAJOR)
         x_ptr += begin * x_stride
         y_ptr += begin * y_stride
-        _head(x_ptr, y_ptr, home, weights, bias, d, dim, length, x_stride, y_stride, K)
+        _head(x_ptr, y_ptr, home, tap_stride, weights, bias, d, dim, length, x_stride, y_stride, K)
     else:
         first = (program - num_rows).to(tl.int64) * (STRIPS * STRIP) + tl.arange(0, STRIPS) * STRIP
         _strips(x_ptr, y_ptr, seq_idx_ptr, weights, bias, d, mask_d, first, num_tokens, x_stride, y_stride, K, STRIP)
@@ -100,13 +110,13 @@ def _strips(
 
 
 @triton.jit
-def _head(x_ptr, y_ptr, home, weights, bias, d, dim, length, x_stride, y_stride, K: tl.constexpr):
+def _head(x_ptr, y_ptr, home, tap_stride, weights, bias, d, dim, length, x_stride, y_stride, K: tl.constexpr):
     """The first K-1 outputs of one sequence, then its new state; an empty sequence leaves its slot alone."""
     state_type: tl.constexpr = home.dtype.element_ty
     some = d < tl.where(length > 0, dim, 0)
     old = ()
     for k in tl.static_range(K - 1):
-        old += (tl.load(home + k, mask=some, other=0.0),)
+        old += (tl.load(home + k * tap_stride, mask=some, other=0.0),)
     inputs = ()
     for k in tl.static_range(K - 1):
         inputs += (old[k].to(x_ptr.dtype.element_ty).to(tl.float32),)
@@ -128,10 +138,16 @@ def _head(x_ptr, y_ptr, home, weights, bias, d, dim, length, x_stride, y_stride,
     # no thread may overwrite what another has yet to read
     tl.debug_barrier()
     for j in tl.static_range(K - 1):
-        tl.store(home + j, new[j], mask=some)
+        tl.store(home + j * tap_stride, new[j], mask=some)
 
 
-@triton.jit(do_not_specialize=["slots_ptr"])
+@triton.jit
+def _weights_of(weights, tap_index, k):
+    """Those of tap k, of weights [BLOCK_D, BLOCK_K] that were read at once."""
+    return tl.sum(tl.where((tap_index == k)[None, :], weights, 0.0), axis=1)[None, :]
+
+
+@triton.jit(do_not_specialize=["slots_ptr", "num_rows"])
 def conv_step_kernel(
     x_ptr,
     weight_ptr,
@@ -139,32 +155,41 @@ def conv_step_kernel(
     y_ptr,
     state_ptr,
     slots_ptr,
+    num_rows,
     dim,
     x_stride,
     y_stride,
     state_stride,
     K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAP_MAJOR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One token of one row; BLOCK_D = 32 * num_warps, one channel per thread."""
-    row = tl.program_id(0).to(tl.int64)
+    """One token of each row."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = d < dim
-    home = state_ptr + tl.load(slots_ptr + row) * state_stride + d * (K - 1)
-    x = tl.load(x_ptr + row * x_stride + d, mask=mask_d, other=0.0)
-    acc = x.to(tl.float32) * tl.load(weight_ptr + d * K + K - 1, mask=mask_d, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
-    # a read behind a write would wait for it, since they might be of the same address
+    tap_index = tl.arange(0, BLOCK_K)
+    mask_b, mask_d = row < num_rows, d < dim
+    mask = mask_b[:, None] & mask_d[None, :]
+    slots = tl.load(slots_ptr + row, mask=mask_b, other=0)
+    x = tl.load(x_ptr + row[:, None] * x_stride + d[None, :], mask=mask, other=0.0)
+    weight_ptrs = weight_ptr + d[:, None] * K + tap_index[None, :]
+    weights = tl.load(weight_ptrs, mask=mask_d[:, None] & (tap_index < K)[None, :], other=0.0).to(tl.float32)
+    home, tap_stride = at_home(state_ptr, slots[:, None] * state_stride, d[None, :], dim, K, TAP_MAJOR)
     columns = ()
     for k in tl.static_range(K - 1):
-        columns += (tl.load(home + k, mask=mask_d, other=0.0),)
+        columns += (tl.load(home + k * tap_stride, mask=mask, other=0.0),)
+    acc = x.to(tl.float32) * _weights_of(weights, tap_index, K - 1)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     for k in tl.static_range(K - 1):
-        w = tl.load(weight_ptr + d * K + k, mask=mask_d, other=0.0).to(tl.float32)
-        acc += columns[k].to(x_ptr.dtype.element_ty).to(tl.float32) * w
+        acc += columns[k].to(x_ptr.dtype.element_ty).to(tl.float32) * _weights_of(weights, tap_index, k)
+    # no thread may overwrite what another has yet to read
+    tl.debug_barrier()
     for k in tl.static_range(1, K - 1):
-        tl.store(home + k - 1, columns[k], mask=mask_d)
-    tl.store(home + K - 2, x.to(state_ptr.dtype.element_ty), mask=mask_d)
+        tl.store(home + (k - 1) * tap_stride, columns[k], mask=mask)
+    tl.store(home + (K - 2) * tap_stride, x.to(state_ptr.dtype.element_ty), mask=mask)
     y = acc * sigmoid(acc)
-    tl.store(y_ptr + row * y_stride + d, y.to(y_ptr.dtype.element_ty), mask=mask_d)
+    tl.store(y_ptr + row[:, None] * y_stride + d[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -14,3 +14,15 @@ def check_state(state: Tensor) -> None:
     """Slots may lie anywhere, but each must be one contiguous block, since it is written in place."""
     if state.stride(2) != 1 or state.stride(1) != state.shape[2]:
         raise ValueError(f"each slot of the state must be contiguous, got strides {state.stride()}")
+
+
+def is_tap_major(state: Tensor) -> bool:
+    """Whether all channels of one tap lie together in a convolution's state [..., D, K-1], else all taps of a channel.
+
+    Slots may lie anywhere, but each must be one contiguous block of either kind, since it is written in place.
+    """
+    dim, taps = state.shape[-2:]
+    strides = state.stride()[-2:]
+    if strides not in ((taps, 1), (1, dim)):
+        raise ValueError(f"each slot of the state must be contiguous, by channels or by taps, got strides {strides}")
+    return strides == (1, dim)

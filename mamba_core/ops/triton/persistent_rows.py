@@ -80,7 +80,7 @@ def step(
         *ssm_state.stride()[:2],
         eps,
         inner_eps or 0.0,
-        **launch_options(layer, inner_eps, constants),
+        **launch_options(layer, inner_eps, conv_state, constants),
     )
     return gained, squares if rows == places else squares[:, :rows].contiguous()
 

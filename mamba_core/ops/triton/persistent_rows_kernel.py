@@ -56,6 +56,7 @@ from mamba_core.ops.triton.persistent_rows_parts import (
     _small,
     _state,
     _tell,
+    _window_at,
 )
 from mamba_core.ops.triton.persistent_rows_tiles import (
     HIGH,
@@ -117,6 +118,7 @@ def _advance(
     SKIP_DTYPE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_CONV_BIAS: gl.constexpr,
+    TAP_MAJOR: gl.constexpr,
     NORM: gl.constexpr,
     PROGRAMS: gl.constexpr,
     GROUPS: gl.constexpr,
@@ -198,6 +200,8 @@ def _advance(
             C_SPACE,
             BLOCK_B,
             HAS_CONV_BIAS,
+            D,
+            TAP_MAJOR,
             CHANNEL,
         )
 
@@ -231,6 +235,8 @@ def _advance(
                 C_SPACE,
                 BLOCK_B,
                 HAS_CONV_BIAS,
+                D,
+                TAP_MAJOR,
                 CHANNEL,
             )
         if HAS_BIAS:
@@ -291,10 +297,10 @@ def _advance(
         tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)
         c = tile * HIGH + row
         mask = (c < count_c) & (b < rows)
-        window_ptr = conv_ptr + _home(conv_slot, conv_stride) + (first_c + c) * (K - 1)
+        window_ptr, TAP_STRIDE = _window_at(conv_ptr, conv_slot, conv_stride, first_c + c, D, K, TAP_MAJOR)
         for j in gl.static_range(1, K - 1):
-            gl.store(window_ptr + (j - 1), columns[j], mask=mask)
-        gl.store(window_ptr + (K - 2), new, mask=mask)
+            gl.store(window_ptr + (j - 1) * TAP_STRIDE, columns[j], mask=mask)
+        gl.store(window_ptr + (K - 2) * TAP_STRIDE, new, mask=mask)
 
         # what the recurrence needs and no other program writes
         _, d, n = _indices_3d(8, BLOCK_C, BLOCK_N, STATE)
@@ -391,6 +397,8 @@ def _advance(
                 C_SPACE,
                 BLOCK_B,
                 HAS_CONV_BIAS,
+                D,
+                TAP_MAJOR,
                 CHANNEL,
             )
         _await(counter_ptr, target)
@@ -472,6 +480,7 @@ def persistent_rows_kernel(
     SKIP_DTYPE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_CONV_BIAS: gl.constexpr,
+    TAP_MAJOR: gl.constexpr,
     NORM: gl.constexpr,
     PROGRAMS: gl.constexpr,
     GROUPS: gl.constexpr,
@@ -563,6 +572,7 @@ def persistent_rows_kernel(
                     SKIP_DTYPE,
                     HAS_BIAS,
                     HAS_CONV_BIAS,
+                    TAP_MAJOR,
                     NORM,
                     PROGRAMS,
                     GROUPS,

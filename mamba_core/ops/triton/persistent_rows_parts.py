@@ -47,6 +47,16 @@ def _inputs_of_state(low_ptr, part, R: gl.constexpr, N: gl.constexpr, BLOCK_N: g
 
 
 @gluon.jit
+def _window_at(conv_ptr, slot, stride, c, D: gl.constexpr, K: gl.constexpr, TAP_MAJOR: gl.constexpr):
+    """Where the oldest inputs are that the convolution of channels c keeps, and how far apart the taps are."""
+    home = conv_ptr + _home(slot, stride)
+    if TAP_MAJOR:
+        return home + c, D
+    else:  # noqa: RET505  what is not there must not be compiled
+        return home + c * (K - 1), 1
+
+
+@gluon.jit
 def _small(
     taps_at,
     conv_bias_at,
@@ -60,6 +70,8 @@ def _small(
     C_SPACE: gl.constexpr,
     BLOCK_B: gl.constexpr,
     HAS_CONV_BIAS: gl.constexpr,
+    D: gl.constexpr,
+    TAP_MAJOR: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
     """Of the convolution: the window of this program's channels, the taps and the bias, [tiles, 16, B] each."""
@@ -67,10 +79,10 @@ def _small(
     c = tile * HIGH + row
     mask = c < count
     taps_ptr = _bf16(taps_at) + (first + c) * K
-    window_ptr = conv_ptr + _home(conv_slot, conv_stride) + (first + c) * (K - 1)
+    window_ptr, TAP_STRIDE = _window_at(conv_ptr, conv_slot, conv_stride, first + c, D, K, TAP_MAJOR)
     small = ()
     for j in gl.static_range(K - 1):
-        small += (gl.load(window_ptr + j, mask=mask & (b < rows), other=0.0),)
+        small += (gl.load(window_ptr + j * TAP_STRIDE, mask=mask & (b < rows), other=0.0),)
     for j in gl.static_range(K):
         small += (gl.load(taps_ptr + j, mask=mask, other=0.0),)
     if HAS_CONV_BIAS:
@@ -92,6 +104,8 @@ def _past(
     C_SPACE: gl.constexpr,
     BLOCK_B: gl.constexpr,
     HAS_CONV_BIAS: gl.constexpr,
+    D: gl.constexpr,
+    TAP_MAJOR: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
     """The same, weighed: the convolution but for its newest inputs, their taps, and the columns of the window."""
@@ -103,10 +117,10 @@ def _past(
     if HAS_CONV_BIAS:
         conv_bias_ptr = _bf16(conv_bias_at) + first
         past += gl.load(conv_bias_ptr + c, mask=mask, other=0.0).to(gl.float32)
-    window_ptr = conv_ptr + _home(conv_slot, conv_stride) + (first + c) * (K - 1)
+    window_ptr, TAP_STRIDE = _window_at(conv_ptr, conv_slot, conv_stride, first + c, D, K, TAP_MAJOR)
     columns = ()
     for j in gl.static_range(K - 1):
-        old = gl.load(window_ptr + j, mask=mask & (b < rows), other=0.0)
+        old = gl.load(window_ptr + j * TAP_STRIDE, mask=mask & (b < rows), other=0.0)
         past += old.to(gl.float32) * gl.load(taps_ptr + j, mask=mask, other=0.0).to(gl.float32)
         columns += (old,)
     newest = gl.load(taps_ptr + K - 1, mask=mask, other=0.0).to(gl.float32)

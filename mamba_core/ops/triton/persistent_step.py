@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
+from mamba_core.ops.triton.layout import is_tap_major
 from mamba_core.ops.triton.persistent_step_kernel import persistent_step_kernel
 
 # columns of which a stage holds whole tiles; the least a product must be wide
@@ -161,26 +162,29 @@ def step(
         eps,
         inner_eps or 0.0,
         WEIGHT_DTYPE=_WEIGHT_DTYPES[layer.in_proj.dtype],
-        **launch_options(layer, inner_eps, constants),
+        **launch_options(layer, inner_eps, conv_state, constants),
     )
     return gained[None], squares[:, None]
 
 
-def launch_options(layer: LayerWeights, inner_eps: float | None, constants: dict[str, int]) -> dict[str, Any]:
-    """What such a kernel is launched with by name: the kind of its model, and ``constants``."""
+def launch_options(
+    layer: LayerWeights, inner_eps: float | None, conv_state: Tensor, constants: dict[str, int]
+) -> dict[str, Any]:
+    """What such a kernel is launched with by name: the kind of its model and of its state, and ``constants``."""
     return {
         "HAS_BIAS": layer.in_bias is not None,
         "NORM": inner_eps is not None,
         **constants,
-        **launch_basics(layer, constants["WARPS"]),
+        **launch_basics(layer, conv_state, constants["WARPS"]),
     }
 
 
-def launch_basics(layer: LayerWeights, num_warps: int) -> dict[str, Any]:
+def launch_basics(layer: LayerWeights, conv_state: Tensor, num_warps: int) -> dict[str, Any]:
     """What every kernel for all layers is launched with by name."""
     return {
         "SKIP_DTYPE": _SKIP_DTYPES[layer.skip.dtype],
         "HAS_CONV_BIAS": layer.conv_bias is not None,
+        "TAP_MAJOR": is_tap_major(conv_state),
         "num_warps": num_warps,
         # all programs at once or none: they wait for each other
         "launch_cooperative_grid": True,

@@ -107,6 +107,7 @@ def _advance(
     NO: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_CONV_BIAS: gl.constexpr,
+    TAP_MAJOR: gl.constexpr,
     NORM: gl.constexpr,
     PROGRAMS: gl.constexpr,
     GROUPS: gl.constexpr,
@@ -156,7 +157,9 @@ def _advance(
 
     token = gl.load(tokens_ptr)
     home = gl.load(slots_ptr)
-    conv_ptr += home * conv_stride + first_c * (K - 1)
+    CHANNEL_STRIDE: gl.constexpr = 1 if TAP_MAJOR else K - 1
+    TAP_STRIDE: gl.constexpr = D if TAP_MAJOR else 1
+    conv_ptr += home * conv_stride + first_c * CHANNEL_STRIDE
     ssm_ptr += home * ssm_stride
     residual = gl.load(embeddings_ptr + token * H + first_o + o, mask=mask_o, other=0.0).to(gl.float32)
     gain = gl.load(gain_ptr + first_o + o, mask=mask_o, other=0.0).to(gl.float32)
@@ -181,13 +184,13 @@ def _advance(
         z_scales = _scales(entry + IN_SCALES, D + first_c + c, mask_c, IS_INT8)
         p_scales = _scales(entry + X_SCALES, first_p + p, p < count_p, IS_INT8)
         o_scales = _scales(entry + OUT_SCALES, first_o + o, mask_o, IS_INT8)
-        window_ptr = conv_ptr + c * (K - 1)
+        window_ptr = conv_ptr + c * CHANNEL_STRIDE
         past = gl.zeros([BLOCK_C], gl.float32, CHANNEL)
         if HAS_CONV_BIAS:
             past += gl.load(conv_bias_ptr, mask=mask_c, other=0.0).to(gl.float32)
         columns = ()
         for j in gl.static_range(K - 1):
-            old = gl.load(window_ptr + j, mask=mask_c, other=0.0)
+            old = gl.load(window_ptr + j * TAP_STRIDE, mask=mask_c, other=0.0)
             past += old.to(gl.float32) * gl.load(taps_ptr + j, mask=mask_c, other=0.0).to(gl.float32)
             columns += (old,)
         newest = gl.load(taps_ptr + K - 1, mask=mask_c, other=0.0).to(gl.float32)
@@ -210,8 +213,8 @@ def _advance(
         # every thread has read what was there, also one that holds an element beside others
         _barrier()
         for j in gl.static_range(1, K - 1):
-            gl.store(window_ptr + j - 1, columns[j], mask=mask_c)
-        gl.store(window_ptr + K - 2, kept, mask=mask_c)
+            gl.store(window_ptr + (j - 1) * TAP_STRIDE, columns[j], mask=mask_c)
+        gl.store(window_ptr + (K - 2) * TAP_STRIDE, kept, mask=mask_c)
         x = past + kept.to(gl.float32) * newest
         x = (x * _sigmoid(x)).to(gl.bfloat16)
         gl.store(x_ptr + first_c + c, x, mask=mask_c)
@@ -321,6 +324,7 @@ def persistent_step_kernel(
     SKIP_DTYPE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_CONV_BIAS: gl.constexpr,
+    TAP_MAJOR: gl.constexpr,
     NORM: gl.constexpr,
     PROGRAMS: gl.constexpr,
     GROUPS: gl.constexpr,
@@ -410,6 +414,7 @@ def persistent_step_kernel(
                     NO,
                     HAS_BIAS,
                     HAS_CONV_BIAS,
+                    TAP_MAJOR,
                     NORM,
                     PROGRAMS,
                     GROUPS,

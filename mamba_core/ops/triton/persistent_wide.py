@@ -87,7 +87,7 @@ def step(
         *ssm_state.stride()[:2],
         eps,
         **launch_constants(rows, width, rank, taps),
-        **launch_basics(layer, WARPS),
+        **launch_basics(layer, conv_state, WARPS),
     )
     return gained, squares if rows == MAX_ROWS else squares[:, :rows].contiguous()
 

@@ -54,17 +54,21 @@ from mamba_core.ops.triton.persistent_wide_parts import (
     _delta,
     _embedded,
     _gain,
+    _home_of_windows,
     _inputs_of_state,
+    _keep_newest,
+    _move_on,
     _moved,
     _pairs,
     _recall,
     _share,
     _shared,
-    _shift,
     _slots,
+    _slots_of_windows,
     _state,
     _state_at,
     _tell,
+    _windows,
 )
 from mamba_core.ops.triton.persistent_wide_tiles import (
     DEEP,
@@ -114,6 +118,7 @@ def _advance(
     SPACE: gl.constexpr,
     SKIP_DTYPE: gl.constexpr,
     HAS_CONV_BIAS: gl.constexpr,
+    TAP_MAJOR: gl.constexpr,
     STAGES: gl.constexpr,
     DEPTH: gl.constexpr,
 ):
@@ -138,6 +143,9 @@ def _advance(
     PAIRS_B: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [8, 1], [1, 0])
     SUMS_A: gl.constexpr = gl.BlockedLayout([1, 4], [128 // A, A // 4], [8, 1], [1, 0])
     SUMS_B: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0])
+    # what the convolution keeps: a quarter of the channels of one row, and each has one thread
+    KEPT_A: gl.constexpr = gl.BlockedLayout([1, CA // 4], [8, 4], [8, 1], [1, 0])
+    KEPT_B: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [8, 1], [1, 0])
     LOW_TILES: gl.constexpr = (LOW_WIDTH + A - 1) // A
     DT_TILES: gl.constexpr = (R + DEEP - 1) // DEEP
     IN_TURNS: gl.constexpr = H // DEEP // STAGES
@@ -179,6 +187,10 @@ def _advance(
     for part in gl.static_range(SPACE // PART):
         slots += (_slots(slots_ptr, part, rows, STATE),)
 
+    kept_slots = (_slots_of_windows(slots_ptr, rows, KEPT_A),)
+    if B > 0:
+        kept_slots += (_slots_of_windows(slots_ptr, rows, KEPT_B),)
+
     # this program's part of the residual: the tokens' embeddings
     residual = _embedded(tokens_ptr, embeddings_ptr, first_row, first_o, rows, H, A, OUT_A)
     squares = _tell(residual, _gain(gain_ptr, first_o, A, OUT_A), gained_ptr, first_row, first_o, rows, H)
@@ -198,6 +210,20 @@ def _advance(
         dt_bias_at, next_gain_ptr = gl.load(entry + DT_BIAS), _bf16(gl.load(entry + GAIN))
         target += PROGRAMS
         _count(counter_ptr)
+        windows = ()
+        for p in gl.static_range(PIECES):
+            home, mask = _home_of_windows(
+                conv_ptr,
+                kept_slots[p],
+                conv_stride,
+                first_c + p * CA,
+                rows,
+                CB if p > 0 else CA,
+                K,
+                TAP_MAJOR,
+                KEPT_B if p > 0 else KEPT_A,
+            )
+            windows += (_windows(home, mask, D, K, TAP_MAJOR),)
         _await(counter_ptr, target)
         mbarrier.arrive(go)
 
@@ -205,9 +231,19 @@ def _advance(
         recalled = ()
         for p in gl.static_range(PIECES):
             first = first_c + p * CA
-            recalled += (
-                _recall(conv_ptr, slots_ptr, conv_stride, first, rows, taps_at, bias_at, likes[p], K, HAS_CONV_BIAS),
+            recalled += (_recall(windows[p], taps_at, bias_at, first, likes[p], K, HAS_CONV_BIAS),)
+            home, mask = _home_of_windows(
+                conv_ptr,
+                kept_slots[p],
+                conv_stride,
+                first,
+                rows,
+                CB if p > 0 else CA,
+                K,
+                TAP_MAJOR,
+                KEPT_B if p > 0 else KEPT_A,
             )
+            _move_on(home, mask, windows[p], D, K, TAP_MAJOR)
         g, b = _indices_2d(GROUPS, ROWS, SQUARES)
         squares_read = gl.load(squares_ptr + (g * ROWS + b), cache_modifier=".cg")
         mbarrier.wait(done, 0)
@@ -327,13 +363,24 @@ def _advance(
             gain_rest = _gain(next_gain_ptr, first_o + A, B, OUT_B)
         newest_inputs = ()
         for p in gl.static_range(PIECES):
-            newest_inputs += (news[p].load(likes[p].type.layout),)
+            newest_inputs += (news[p].load(KEPT_B if p > 0 else KEPT_A),)
         _await(quarter_ptr, (layer + 1) * GROUPS)
         mbarrier.arrive(go)
 
         # while others make out_proj
         for p in gl.static_range(PIECES):
-            _shift(conv_ptr, slots_ptr, conv_stride, first_c + p * CA, rows, newest_inputs[p], K)
+            home, mask = _home_of_windows(
+                conv_ptr,
+                kept_slots[p],
+                conv_stride,
+                first_c + p * CA,
+                rows,
+                CB if p > 0 else CA,
+                K,
+                TAP_MAJOR,
+                KEPT_B if p > 0 else KEPT_A,
+            )
+            _keep_newest(home, mask, newest_inputs[p], D, K, TAP_MAJOR)
         mbarrier.wait(done, 1)
         for p in gl.static_range(PIECES):
             share = sums[p].load(SUMS_B if p > 0 else SUMS_A)
@@ -390,6 +437,7 @@ def persistent_wide_kernel(
     SPACE: gl.constexpr,
     SKIP_DTYPE: gl.constexpr,
     HAS_CONV_BIAS: gl.constexpr,
+    TAP_MAJOR: gl.constexpr,
     STAGES: gl.constexpr,
     COPIERS: gl.constexpr,
     AHEAD: gl.constexpr,
@@ -465,6 +513,7 @@ def persistent_wide_kernel(
                     SPACE,
                     SKIP_DTYPE,
                     HAS_CONV_BIAS,
+                    TAP_MAJOR,
                     STAGES,
                     DEPTH,
                 ),

@@ -32,42 +32,65 @@ def _home(slot, stride):
 
 
 @gluon.jit
-def _window_at(conv_ptr, slots_ptr, stride, first, rows, like, K: gl.constexpr):
-    """Where the K - 1 inputs are that the convolution keeps of every row, for channels ``first`` on."""
-    LAYOUT: gl.constexpr = like.type.layout
-    COUNT: gl.constexpr = like.type.shape[1]
-    b, c = _indices_2d(ROWS, COUNT, LAYOUT)
-    mask = (b < rows) & (c >= 0)
-    slot = gl.load(slots_ptr + b, mask=b < rows, other=0)
-    return conv_ptr + slot * stride + (first + c) * (K - 1), mask, first + c
+def _slots_of_windows(slots_ptr, rows, LAYOUT: gl.constexpr):
+    b, _ = _indices_2d(ROWS, 1, LAYOUT)
+    return gl.load(slots_ptr + b, mask=b < rows, other=0).to(gl.int32)
 
 
 @gluon.jit
-def _recall(
-    conv_ptr, slots_ptr, stride, first, rows, taps_at, bias_at, like, K: gl.constexpr, HAS_CONV_BIAS: gl.constexpr
+def _home_of_windows(
+    conv_ptr,
+    slot,
+    stride,
+    first,
+    rows,
+    COUNT: gl.constexpr,
+    K: gl.constexpr,
+    TAP_MAJOR: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):
+    """Where the oldest inputs are that the convolution keeps, of every row and COUNT channels from ``first`` on."""
+    b, c = _indices_2d(ROWS, COUNT, LAYOUT)
+    home = conv_ptr + _home(slot, stride) + (first + c) * (1 if TAP_MAJOR else K - 1)
+    return home, gl.max_constancy((b < rows) & (c >= 0), [1, COUNT])
+
+
+@gluon.jit
+def _windows(home, mask, D: gl.constexpr, K: gl.constexpr, TAP_MAJOR: gl.constexpr):
+    """The K - 1 inputs at ``home``."""
+    columns = ()
+    for j in gl.static_range(K - 1):
+        columns += (gl.load(home + j * (D if TAP_MAJOR else 1), mask=mask, other=0.0),)
+    return columns
+
+
+@gluon.jit
+def _recall(columns, taps_at, bias_at, first, like, K: gl.constexpr, HAS_CONV_BIAS: gl.constexpr):
     """What the convolution's past adds up to, and the weights of what comes newest."""
-    home, mask, c = _window_at(conv_ptr, slots_ptr, stride, first, rows, like, K)
-    taps_ptr = _bf16(taps_at) + c * K
+    LAYOUT: gl.constexpr = like.type.layout
+    COUNT: gl.constexpr = like.type.shape[1]
+    _, c = _indices_2d(1, COUNT, LAYOUT)
+    taps_ptr = _bf16(taps_at) + (first + c) * K
     past = gl.zeros_like(like)
     if HAS_CONV_BIAS:
-        past += gl.load(_bf16(bias_at) + c).to(gl.float32)
+        past += gl.load(_bf16(bias_at) + (first + c)).to(gl.float32)
     for j in gl.static_range(K - 1):
-        old = gl.load(home + j, mask=mask, other=0.0)
+        old = gl.convert_layout(columns[j], LAYOUT)
         past += old.to(gl.float32) * gl.load(taps_ptr + j).to(gl.float32)
     return past, gl.load(taps_ptr + K - 1).to(gl.float32)
 
 
 @gluon.jit
-def _shift(conv_ptr, slots_ptr, stride, first, rows, newest, K: gl.constexpr):
-    """Move the convolution's past on, of which each element has one thread."""
-    home, mask, _ = _window_at(conv_ptr, slots_ptr, stride, first, rows, newest, K)
-    columns = ()
+def _move_on(home, mask, columns, D: gl.constexpr, K: gl.constexpr, TAP_MAJOR: gl.constexpr):
+    """Move the convolution's past on, of which each element has one thread, but for what is not known yet."""
     for j in gl.static_range(1, K - 1):
-        columns += (gl.load(home + j, mask=mask, other=0.0),)
-    for j in gl.static_range(1, K - 1):
-        gl.store(home + (j - 1), columns[j - 1], mask=mask)
-    gl.store(home + (K - 2), newest.to(conv_ptr.dtype.element_ty), mask=mask)
+        gl.store(home + (j - 1) * (D if TAP_MAJOR else 1), columns[j], mask=mask)
+
+
+@gluon.jit
+def _keep_newest(home, mask, newest, D: gl.constexpr, K: gl.constexpr, TAP_MAJOR: gl.constexpr):
+    """Write the newest input where the one before it was."""
+    gl.store(home + (K - 2) * (D if TAP_MAJOR else 1), newest.to(home.dtype.element_ty), mask=mask)
 
 
 @gluon.jit

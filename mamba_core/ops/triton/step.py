@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from mamba_core.ops.triton.conv import convolve_step
+from mamba_core.ops.triton.layout import is_tap_major
 from mamba_core.ops.triton.norm import rms_norm, rms_norm_residual
 from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_kernels import embed_kernel, finish_kernel
@@ -125,6 +126,7 @@ def project_in(
     )
     options = {
         "K": taps_width,
+        "TAP_MAJOR": is_tap_major(conv_state),
         "HAS_BIAS": bias is not None,
         "HAS_CONV_BIAS": conv_bias is not None,
         "PARTS": x.parts,
@@ -366,6 +368,7 @@ def _multiply_rows(x: Tensor, matrix: Matrix, rows: int, *, x_row: int, block: i
         0,
         0.0,
         K=0,
+        TAP_MAJOR=False,
         PARTS=0,
         BLOCK_P=1,
         HAS_BIAS=False,

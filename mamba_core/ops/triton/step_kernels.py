@@ -31,11 +31,11 @@ def fetch_scales(scales_ptr, w_ptr, n, out_width):
 
 
 @triton.jit
-def recall(home, mask, K: tl.constexpr):
-    """The K-1 inputs kept at ``home``, the oldest first."""
+def recall(home, tap_stride, mask, K: tl.constexpr):
+    """The K-1 inputs kept at ``home`` (see ``conv_kernels.at_home``), the oldest first."""
     columns = ()
     for j in tl.static_range(K - 1):
-        columns += (tl.load(home + j, mask=mask, other=0.0),)
+        columns += (tl.load(home + j * tap_stride, mask=mask, other=0.0),)
     return columns
 
 
@@ -52,15 +52,15 @@ def weigh(columns, n, dim, taps_ptr, bias_ptr, K: tl.constexpr, HAS_BIAS: tl.con
 
 
 @triton.jit
-def shift_state(home, columns, newest, mask, K: tl.constexpr):
+def shift_state(home, tap_stride, columns, newest, mask, K: tl.constexpr):
     """Move the inputs at ``home`` on by one, once every thread of the program has read them.
 
     Several threads may hold the same element of a small tile, and one that is late must not read what has been moved.
     """
     tl.debug_barrier()
     for j in tl.static_range(1, K - 1):
-        tl.store(home + j - 1, columns[j], mask=mask)
-    tl.store(home + K - 2, newest, mask=mask)
+        tl.store(home + (j - 1) * tap_stride, columns[j], mask=mask)
+    tl.store(home + (K - 2) * tap_stride, newest, mask=mask)
 
 
 @triton.jit(do_not_specialize=["eps"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mamba_core.ops.triton.conv_kernels import at_home
 from mamba_core.ops.triton.math import sigmoid
 from mamba_core.ops.triton.step_kernels import await_inputs, fetch_scales, recall, shift_state, weigh
 
@@ -93,6 +94,7 @@ def matvec_in_kernel(
     state_stride,
     eps,
     K: tl.constexpr,
+    TAP_MAJOR: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -121,9 +123,9 @@ def matvec_in_kernel(
     is_convolved = tl.program_id(0) * BLOCK_N < dim
     if K > 0:
         slots = tl.load(slots_ptr + r, mask=mask_r, other=0)
-        home = state_ptr + slots[None, :] * state_stride + n[:, None] * (K - 1)
+        home, tap_stride = at_home(state_ptr, slots[None, :] * state_stride, n[:, None], dim, K, TAP_MAJOR)
         mask_past = (n < dim)[:, None] & mask_r[None, :]
-        columns = recall(home, mask_past, K)
+        columns = recall(home, tap_stride, mask_past, K)
         past, newest_taps = weigh(columns, n, dim, taps_ptr, conv_bias_ptr, K, HAS_CONV_BIAS)
     await_inputs(PDL)
     if PARTS > 0:
@@ -144,7 +146,7 @@ def matvec_in_kernel(
             newest = y.to(state_ptr.dtype.element_ty)
             y = past + newest.to(tl.float32) * newest_taps
             y = y * sigmoid(y)
-            shift_state(home, columns, newest, mask_past, K)
+            shift_state(home, tap_stride, columns, newest, mask_past, K)
     y_ptrs = y_ptr + r.to(tl.int64)[None, :] * out_width + n[:, None]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 

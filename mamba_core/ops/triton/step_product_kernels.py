@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mamba_core.ops.triton.conv_kernels import at_home
 from mamba_core.ops.triton.math import sigmoid
 from mamba_core.ops.triton.step_kernels import await_inputs, fetch_scales, recall, shift_state, weigh
 
@@ -74,6 +75,7 @@ def product_in_kernel(
     state_stride,
     eps,
     K: tl.constexpr,
+    TAP_MAJOR: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -97,10 +99,10 @@ def product_in_kernel(
     mask_b = b < num_rows
     is_convolved = tl.program_id(1) * BLOCK_N < dim
     slots = tl.load(slots_ptr + b, mask=mask_b, other=0)
-    home = state_ptr + slots[None, :] * state_stride + n[:, None] * (K - 1)
+    home, tap_stride = at_home(state_ptr, slots[None, :] * state_stride, n[:, None], dim, K, TAP_MAJOR)
     mask_past = mask_b[None, :] & (n < dim)[:, None]
     if EARLY:
-        columns = recall(home, mask_past, K)
+        columns = recall(home, tap_stride, mask_past, K)
         past, newest_taps = weigh(columns, n, dim, taps_ptr, conv_bias_ptr, K, HAS_CONV_BIAS)
     await_inputs(PDL)
     if PARTS > 0:
@@ -138,10 +140,10 @@ def product_in_kernel(
             if HAS_CONV_BIAS:
                 acc += tl.load(conv_bias_ptr + n).to(tl.float32)[:, None]
             for j in tl.static_range(K - 1):
-                old = tl.load(home + j, mask=mask_past, other=0.0)
+                old = tl.load(home + j * tap_stride, mask=mask_past, other=0.0)
                 acc += old.to(tl.float32) * tl.load(taps_ptr + n * K + j).to(tl.float32)[:, None]
-            columns = recall(home, mask_past, K)
-        shift_state(home, columns, newest, mask_past, K)
+            columns = recall(home, tap_stride, mask_past, K)
+        shift_state(home, tap_stride, columns, newest, mask_past, K)
         acc = acc * sigmoid(acc)
     y_ptrs = y_ptr + b.to(tl.int64)[None, :] * out_width + n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_b[None, :])
