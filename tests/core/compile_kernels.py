@@ -7,6 +7,7 @@ GPU is needed: the target is named, and the assembler is part of Triton.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,8 @@ def compile_all() -> Iterator[dict[str, Any]]:
             "type": type(kernel).__name__,
             "cubin_bytes": len(compiled.asm["cubin"]),
             "shared_bytes": compiled.metadata.shared,
+            "narrow_accesses": len(re.findall(r"(?:ld|st)\.global\.b16", assembly)),
+            "wide_accesses": len(re.findall(r"(?:ld|st)\.global\.v4\.b32", assembly)),
             "shuffles": assembly.count("shfl.sync"),
             "specialised": [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)],
         }

@@ -54,6 +54,12 @@ def test_states_of_a_channel_lie_in_one_thread(compiled: list[dict[str, Any]]) -
     assert [(record["shuffles"], record["shared_bytes"]) for record in scans] == [(0, 0)] * 3
 
 
+def test_a_step_of_a_convolution_moves_16_bytes_a_thread(compiled: list[dict[str, Any]]) -> None:
+    by_taps = next(record for record in compiled if record["kernel"] == "conv_step_kernel")
+    # an input and the three kept, and as many written
+    assert (by_taps["wide_accesses"], by_taps["narrow_accesses"]) == (8, 0)
+
+
 def test_no_length_is_compiled_for(compiled: list[dict[str, Any]]) -> None:
     varying = {"num_tokens", "num_rows", "num_segments", "segment_size", "slots_ptr"}
     assert not [(record["kernel"], name) for record in compiled for name in varying & set(record["specialised"])]

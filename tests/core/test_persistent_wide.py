@@ -150,6 +150,10 @@ def test_memory_is_read_16_bytes_a_thread(compiled: list[dict[str, Any]]) -> Non
         states = (32 if record["rows"] <= 32 else 64) * record["width"] // 64 * 4 // 256
         assert record["wide_reads"] >= states
         assert record["wide_writes"] >= states
+    for record in compiled[2:4]:
+        # besides, of what a convolution keeps: three inputs of 32 channels of each row, eight to a thread
+        assert record["wide_reads"] >= record["width"] // 64 + 3
+        assert record["wide_writes"] >= record["width"] // 64 + 3
 
 
 def test_products_run_on_the_matrix_units(compiled: list[dict[str, Any]]) -> None:
