@@ -40,10 +40,10 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
     """
     if len(tokens) == 1 and single_step.is_applicable(model):
         return single_step.single_step(model, tokens, slots, cache, counters)
-    if few_rows_step.is_applicable(model, len(tokens)):
-        return few_rows_step.few_rows_step(model, tokens, slots, cache, counters)
     if wide_step.is_applicable(model, len(tokens)):
         return wide_step.wide_step(model, tokens, slots, cache, counters)
+    if few_rows_step.is_applicable(model, len(tokens)):
+        return few_rows_step.few_rows_step(model, tokens, slots, cache, counters)
     layers = cast(list[MambaBlock], model.layers)
     # made, where they have to be made, before the first kernel: the others read them while their predecessor still runs
     decays = [layer.mixer.A() for layer in layers]

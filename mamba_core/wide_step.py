@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -10,34 +11,48 @@ from torch import Tensor
 from mamba_core import single_step
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
-from mamba_core.ops.triton import persistent_wide
+from mamba_core.ops.triton import persistent_narrow, persistent_rows, persistent_wide
+from mamba_core.ops.triton.persistent_wide import MAX_ROWS
 
 # fewer are faster in other ways
 LEAST_ROWS = 17
+# less wide ones were not timed
+_LEAST_WIDTH = 768
 
 
 def is_applicable(model: MambaModel, num_rows: int) -> bool:
     """Whether ``wide_step`` can take the place of ``fused_step`` for so many rows, and is faster."""
     return (
-        LEAST_ROWS <= num_rows <= persistent_wide.MAX_ROWS
-        and single_step.is_applicable(model)
-        and _fits(cast(list[MambaBlock], model.layers)[0])
+        LEAST_ROWS <= num_rows <= MAX_ROWS
+        and model.config.hidden_size >= _LEAST_WIDTH
+        and single_step.suits(model, persistent_rows.is_applicable)
+        and _can_run(cast(list[MambaBlock], model.layers)[0])
     )
 
 
-def _fits(layer: MambaBlock) -> bool:
+def _can_run(layer: MambaBlock) -> bool:
     mixer = layer.mixer
     weight = mixer.in_proj.weight
+    kernel = _kernel_for(layer)
     return (
-        weight.dtype == torch.bfloat16
+        kernel is not None
+        and weight.dtype == torch.bfloat16
         and mixer.in_proj.bias is None
         and mixer.out_proj.bias is None
         and mixer.inner_norm_eps is None
-        and persistent_wide.fits(weight.shape[1], mixer.dt_proj.weight.shape[1], mixer.A_log.shape[1])
-        and torch.cuda.get_device_properties(weight.device).multi_processor_count >= persistent_wide.PROGRAMS
+        and torch.cuda.get_device_properties(weight.device).multi_processor_count >= kernel.programs(weight.shape[1])
     )
+
+
+def _kernel_for(layer: MambaBlock) -> ModuleType | None:
+    """The module of a kernel for layers of such sizes: the faster one first."""
+    mixer = layer.mixer
+    sizes = mixer.in_proj.weight.shape[1], mixer.dt_proj.weight.shape[1], mixer.A_log.shape[1]
+    return next((kernel for kernel in (persistent_narrow, persistent_wide) if kernel.fits(*sizes)), None)
 
 
 def wide_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:
     """``fused_step`` for tokens, slots [B], B at most MAX_ROWS."""
-    return single_step.run(persistent_wide.step, model, tokens, slots, cache, counters)
+    kernel = _kernel_for(cast(list[MambaBlock], model.layers)[0])
+    assert kernel is not None
+    return single_step.run(kernel.step, model, tokens, slots, cache, counters)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba_core import MambaCache, fused_step, single_step, wide_step
+from mamba_core import MambaCache, few_rows_step, fused_step, single_step, wide_step
 from mamba_core.ops import Packing
 from mamba_core.ops.triton import persistent_wide, step
 from mamba_core.ops.triton.persistent_wide import MAX_ROWS, PROGRAMS, fits, launch_constants
@@ -21,14 +21,16 @@ from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error,
 
 # a multiprocessor of compute capability 9.0 has 228 KiB, a block of threads at most
 SHARED_BYTES = 227 * 1024
-# the least width it is made for
-SMALL = {"hidden_size": 1024, "state_size": 16, "time_step_rank": 64, "num_hidden_layers": 2}
+# the least width for which it is taken
+SMALL = {"hidden_size": 1536, "state_size": 16, "time_step_rank": 96, "num_hidden_layers": 2}
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked of the device is granted."""
+    monkeypatch.setattr(single_step, "suits", lambda *_: True)
     monkeypatch.setattr(single_step, "is_applicable", lambda _: True)
+    monkeypatch.setattr(few_rows_step, "is_applicable", lambda *_: False)
     grant_programs(monkeypatch, 132)
 
 
@@ -72,7 +74,7 @@ def test_it_asks_for_bf16_without_biases_and_inner_norms(tiny_model: MakeModel) 
     assert applies(use_conv_bias=False)
     assert not applies(dtype=torch.float32)
     assert not applies(use_bias=True)
-    assert not applies(hidden_size=768, time_step_rank=48)
+    assert not applies(hidden_size=1280, time_step_rank=80)
     assert not applies("falcon_mamba")
 
 
@@ -176,18 +178,24 @@ def test_each_phase_is_counted_and_awaited(compiled: list[dict[str, Any]]) -> No
     ("changes", "rows"),
     [
         ({}, 17),
-        ({"hidden_size": 1536, "time_step_rank": 96, "use_conv_bias": False}, 33),
+        ({"use_conv_bias": False}, 33),
         ({"hidden_size": 2048, "time_step_rank": 128, "conv_kernel": 3}, 50),
         ({"hidden_size": 2560, "time_step_rank": 160, "num_hidden_layers": 3}, 64),
         ({"hidden_size": 2560, "time_step_rank": 48}, 31),
     ],
 )
-@torch.inference_mode()
 def test_it_equals_the_layers(
     tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], rows: int
 ) -> None:
-    model = bf16_model(tiny_model, "mamba", **SMALL | changes)
-    reference = tiny_model("mamba", **SMALL | changes)
+    check_that_it_equals_the_layers(tiny_model, monkeypatch, SMALL | changes, rows)
+
+
+@torch.inference_mode()
+def check_that_it_equals_the_layers(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], rows: int
+) -> None:
+    model = bf16_model(tiny_model, "mamba", **changes)
+    reference = tiny_model("mamba", **changes)
     reference.load_state_dict(model.state_dict())
     reference.to("cuda")
     cache = warm_cache(model, 70)
@@ -215,9 +223,13 @@ def test_it_equals_the_layers(
 
 
 @pytest.mark.gpu
-@torch.inference_mode()
 def test_states_may_be_rounded_and_scratch_rows_shared(tiny_model: MakeModel) -> None:
-    model = bf16_model(tiny_model, "mamba", **SMALL)
+    check_rounded_states_and_shared_rows(tiny_model, SMALL)
+
+
+@torch.inference_mode()
+def check_rounded_states_and_shared_rows(tiny_model: MakeModel, changes: dict[str, Any]) -> None:
+    model = bf16_model(tiny_model, "mamba", **changes)
     cache = warm_cache(model, 30)
     rounded = MambaCache(cache.conv, cache.ssm.to(torch.bfloat16))
     alone = MambaCache(rounded.conv.clone(), rounded.ssm.clone())
@@ -233,10 +245,14 @@ def test_states_may_be_rounded_and_scratch_rows_shared(tiny_model: MakeModel) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", [1024, 2560])
-@torch.inference_mode()
+@pytest.mark.parametrize("width", [1536, 2560])
 def test_a_convolutions_inputs_may_lie_by_channels_or_by_taps(tiny_model: MakeModel, width: int) -> None:
-    model = bf16_model(tiny_model, "mamba", **SMALL | {"hidden_size": width})
+    check_both_layouts_of_a_convolutions_inputs(tiny_model, SMALL | {"hidden_size": width})
+
+
+@torch.inference_mode()
+def check_both_layouts_of_a_convolutions_inputs(tiny_model: MakeModel, changes: dict[str, Any]) -> None:
+    model = bf16_model(tiny_model, "mamba", **changes)
     counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
     tokens, slots = torch.arange(40, device="cuda"), torch.arange(1, 40 + 1, device="cuda")
     taps = warm_cache(model, 41)
@@ -250,9 +266,13 @@ def test_a_convolutions_inputs_may_lie_by_channels_or_by_taps(tiny_model: MakeMo
 
 
 @pytest.mark.gpu
-@torch.inference_mode()
 def test_it_repeats_to_the_bit(tiny_model: MakeModel) -> None:
-    model = bf16_model(tiny_model, "mamba", **SMALL | {"num_hidden_layers": 8})
+    check_that_it_repeats_to_the_bit(tiny_model, SMALL | {"num_hidden_layers": 8})
+
+
+@torch.inference_mode()
+def check_that_it_repeats_to_the_bit(tiny_model: MakeModel, changes: dict[str, Any]) -> None:
+    model = bf16_model(tiny_model, "mamba", **changes)
     counters = torch.zeros(MAX_TILES, dtype=torch.int32, device="cuda")
     tokens, slots = torch.arange(64, device="cuda"), torch.arange(1, 65, device="cuda")
     start = warm_cache(model, 65)

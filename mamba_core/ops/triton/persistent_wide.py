@@ -39,6 +39,11 @@ def fits(width: int, rank: int, states: int) -> bool:
     )
 
 
+def programs(_width: int) -> int:
+    """How many programs a launch has, all of which must run at once: as many for every width."""
+    return PROGRAMS
+
+
 def step(
     weights: Weights,
     tokens: Tensor,

@@ -46,7 +46,6 @@ from mamba_core.ops.triton.persistent import (
 )
 from mamba_core.ops.triton.persistent_rows_tiles import _indices_2d, _nothing
 from mamba_core.ops.triton.persistent_wide_parts import (
-    OWN,
     PART,
     _bias,
     _constants_of_state,
@@ -56,17 +55,18 @@ from mamba_core.ops.triton.persistent_wide_parts import (
     _gain,
     _home_of_windows,
     _inputs_of_state,
+    _keep,
     _keep_newest,
     _move_on,
     _moved,
     _pairs,
     _recall,
+    _scale,
     _share,
     _shared,
     _slots,
     _slots_of_windows,
     _state,
-    _state_at,
     _tell,
     _windows,
 )
@@ -82,6 +82,8 @@ from mamba_core.ops.triton.persistent_wide_tiles import (
     _make_products,
 )
 
+# rows of the residual that a program has
+OWN = gl.constexpr(16)
 # how far the counters lie apart: one of all programs, then those of the quarters and of the groups
 FAR = gl.constexpr(32)
 COUNTERS = gl.constexpr(1 + 4 + 32)
@@ -167,7 +169,6 @@ def _advance(
     shares_ptr, low_ptr, dt_ptr, y_ptr, parts_ptr, gained_ptr, squares_ptr = told
     conv_layer_stride, conv_stride, ssm_layer_stride, ssm_stride = strides
     CONV_DTYPE: gl.constexpr = conv_ptr.dtype.element_ty
-    SSM_DTYPE: gl.constexpr = ssm_ptr.dtype.element_ty
 
     pid = gl.program_id(0)
     first_c, quarter, group = pid * C, pid // GROUPS, pid % GROUPS
@@ -192,11 +193,11 @@ def _advance(
         kept_slots += (_slots_of_windows(slots_ptr, rows, KEPT_B),)
 
     # this program's part of the residual: the tokens' embeddings
-    residual = _embedded(tokens_ptr, embeddings_ptr, first_row, first_o, rows, H, A, OUT_A)
+    residual = _embedded(tokens_ptr, embeddings_ptr, first_row, first_o, rows, H, OWN, A, OUT_A)
     squares = _tell(residual, _gain(gain_ptr, first_o, A, OUT_A), gained_ptr, first_row, first_o, rows, H)
     rest = gl.zeros([OWN, 16], gl.float32, OUT_B)
     if B > 0:
-        rest += _embedded(tokens_ptr, embeddings_ptr, first_row, first_o + A, rows, H, B, OUT_B)
+        rest += _embedded(tokens_ptr, embeddings_ptr, first_row, first_o + A, rows, H, OWN, B, OUT_B)
         more = _tell(rest, _gain(gain_ptr, first_o + A, B, OUT_B), gained_ptr, first_row, first_o + A, rows, H)
         squares += gl.convert_layout(more, OUT_ROW)
     b_out = group * ROWS + first_row + gl.arange(0, OWN, layout=OUT_ROW)
@@ -246,10 +247,13 @@ def _advance(
             _move_on(home, mask, windows[p], D, K, TAP_MAJOR)
         g, b = _indices_2d(GROUPS, ROWS, SQUARES)
         squares_read = gl.load(squares_ptr + (g * ROWS + b), cache_modifier=".cg")
+        scales = ()
+        for p in gl.static_range(PIECES):
+            scales += (_scale(squares_read, eps, likes[p], H),)
         mbarrier.wait(done, 0)
         for p in gl.static_range(PIECES):
             acc = sums[p].load(PAIRS_B if p > 0 else PAIRS_A)
-            x, gate, newest = _convolve(acc, squares_read, recalled[p], eps, H, CONV_DTYPE)
+            x, gate, newest = _convolve(acc, scales[p], recalled[p], CONV_DTYPE)
             x_flat.slice(p * CA, CB if p > 0 else CA, dim=1).store(x)
             gates[p].store(gate)
             news[p].store(newest)
@@ -353,10 +357,7 @@ def _advance(
                 b, d = _indices_2d(PART, CB if p > 0 else CA, STATE_C)
                 y_at = y_ptr + ((part * PART + b) * D + first + d)
                 gl.store(y_at, y.to(gl.bfloat16), mask=(part * PART + b < rows) & (d >= 0))
-                h_at, mask = _state_at(
-                    ssm_ptr, slots[part], ssm_stride, first, part, rows, CB if p > 0 else CA, N, STATE
-                )
-                gl.store(h_at, moved.to(SSM_DTYPE), mask=mask)
+                _keep(ssm_ptr, slots[part], ssm_stride, first, part, rows, moved, STATE)
         _count(quarter_ptr)
         gain = _gain(next_gain_ptr, first_o, A, OUT_A)
         if B > 0:
@@ -387,10 +388,10 @@ def _advance(
             _share(share, parts_ptr + quarter * (ROWS * H), first_o + p * A, rows, H)
         _count(group_ptr)
         _await(group_ptr, (layer + 1) * QUARTERS)
-        residual += _shared(parts_ptr, first_row, first_o, rows, H, A, OUT_A)
+        residual += _shared(parts_ptr, first_row, first_o, rows, H, OWN, A, OUT_A)
         squares_told = _tell(residual, gain, gained_ptr, first_row, first_o, rows, H)
         if B > 0:
-            rest += _shared(parts_ptr, first_row, first_o + A, rows, H, B, OUT_B)
+            rest += _shared(parts_ptr, first_row, first_o + A, rows, H, OWN, B, OUT_B)
             more_told = _tell(rest, gain_rest, gained_ptr, first_row, first_o + A, rows, H)
             squares_told += gl.convert_layout(more_told, OUT_ROW)
         gl.store(squares_ptr + b_out, squares_told)

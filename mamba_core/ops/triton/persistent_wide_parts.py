@@ -14,8 +14,7 @@ from mamba_core.ops.triton.persistent import _bf16, _sigmoid, _softplus
 from mamba_core.ops.triton.persistent_rows_tiles import _indices_2d, _indices_3d, _nothing
 from mamba_core.ops.triton.persistent_wide_tiles import QUARTERS, ROWS
 
-# rows of the residual that a program has, and rows whose states it moves on at a time
-OWN = gl.constexpr(16)
+# rows whose states a program moves on at a time
 PART = gl.constexpr(8)
 
 
@@ -94,11 +93,16 @@ def _keep_newest(home, mask, newest, D: gl.constexpr, K: gl.constexpr, TAP_MAJOR
 
 
 @gluon.jit
-def _convolve(acc, squares, recalled, eps, H: gl.constexpr, DTYPE: gl.constexpr):
+def _scale(squares, eps, like, H: gl.constexpr):
+    """The norm's [64, 1], of squares [groups, 64]."""
+    ROW: gl.constexpr = gl.SliceLayout(1, like.type.layout)
+    return gl.convert_layout(1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps), ROW)[:, None]
+
+
+@gluon.jit
+def _convolve(acc, scale, recalled, DTYPE: gl.constexpr):
     """x after its convolution, the gate of z, and the newest input, of in_proj's sums before their norm."""
     x, z = _pairs(acc)
-    ROW: gl.constexpr = gl.SliceLayout(1, x.type.layout)
-    scale = gl.convert_layout(1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps), ROW)[:, None]
     past, taps = recalled
     newest = (x * scale).to(DTYPE).to(gl.float32)
     x = past + newest * taps
@@ -142,6 +146,15 @@ def _state(ssm_ptr, slot, stride, first, part, rows, COUNT: gl.constexpr, N: gl.
 
 
 @gluon.jit
+def _keep(ssm_ptr, slot, stride, first, part, rows, moved, LAYOUT: gl.constexpr):
+    """Write back the states of PART rows."""
+    COUNT: gl.constexpr = moved.type.shape[1]
+    N: gl.constexpr = moved.type.shape[2]
+    home, mask = _state_at(ssm_ptr, slot, stride, first, part, rows, COUNT, N, LAYOUT)
+    gl.store(home, moved.to(ssm_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
 def _inputs_of_state(low_ptr, part, R: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
     """B and C of PART rows."""
     b, n = _indices_2d(PART, N, LAYOUT)
@@ -170,15 +183,32 @@ def _moved(h, constants, inner, delta, x, gate):
 
 
 @gluon.jit
-def _own_rows(ptr, first_row, column, rows, STRIDE: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
-    """Where this program's rows of COUNT columns are, and which of them."""
+def _own_rows(
+    ptr,
+    first_row,
+    column,
+    rows,
+    STRIDE: gl.constexpr,
+    OWN: gl.constexpr,
+    COUNT: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Where this program's OWN rows of COUNT columns are, and which of them."""
     b, c = _indices_2d(OWN, COUNT, LAYOUT)
     return ptr + ((first_row + b) * STRIDE + column + c), (first_row + b < rows) & (c >= 0)
 
 
 @gluon.jit
 def _embedded(
-    tokens_ptr, embeddings_ptr, first_row, column, rows, H: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr
+    tokens_ptr,
+    embeddings_ptr,
+    first_row,
+    column,
+    rows,
+    H: gl.constexpr,
+    OWN: gl.constexpr,
+    COUNT: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):
     b, c = _indices_2d(OWN, COUNT, LAYOUT)
     token = gl.load(tokens_ptr + first_row + b, mask=first_row + b < rows, other=0)
@@ -188,16 +218,25 @@ def _embedded(
 
 @gluon.jit
 def _gain(gain_ptr, column, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
-    _, c = _indices_2d(OWN, COUNT, LAYOUT)
+    _, c = _indices_2d(1, COUNT, LAYOUT)
     return gl.load(gain_ptr + column + c)
 
 
 @gluon.jit
-def _shared(parts_ptr, first_row, column, rows, H: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+def _shared(
+    parts_ptr,
+    first_row,
+    column,
+    rows,
+    H: gl.constexpr,
+    OWN: gl.constexpr,
+    COUNT: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
     """This program's part of out_proj: the sum of its shares."""
     total = gl.zeros([OWN, COUNT], gl.float32, LAYOUT)
     for i in gl.static_range(QUARTERS):
-        at, mask = _own_rows(parts_ptr + i * (ROWS * H), first_row, column, rows, H, COUNT, LAYOUT)
+        at, mask = _own_rows(parts_ptr + i * (ROWS * H), first_row, column, rows, H, OWN, COUNT, LAYOUT)
         total += gl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     return total
 
@@ -213,9 +252,10 @@ def _share(acc, part_ptr, column, rows, H: gl.constexpr):
 
 @gluon.jit
 def _tell(residual, gain, gained_ptr, first_row, column, rows, H: gl.constexpr):
-    """Write a part of the residual for all, with the gain of the norm; its squares [OWN]."""
+    """Write a part of the residual for all, with the gain of the norm; its squares [rows]."""
+    OWN: gl.constexpr = residual.type.shape[0]
     COUNT: gl.constexpr = residual.type.shape[1]
     LAYOUT: gl.constexpr = residual.type.layout
-    at, mask = _own_rows(gained_ptr, first_row, column, rows, H, COUNT, LAYOUT)
+    at, mask = _own_rows(gained_ptr, first_row, column, rows, H, OWN, COUNT, LAYOUT)
     gl.store(at, (residual * gain.to(gl.float32)).to(gl.bfloat16), mask=mask)
     return gl.sum(residual * residual, axis=1)

@@ -206,10 +206,12 @@ def _multiply(
     A: gl.constexpr,
     B: gl.constexpr,
     STAGES: gl.constexpr,
+    FREED: gl.constexpr,
 ):
     """sums [64, A] and [64, B]: tiles of inputs times tiles of weights, of ROUNDS turns of the ring.
 
-    BEFORE of the layer's TURNS are those of another product, and SMALL_BEFORE of those of the slots below SMALL.
+    BEFORE of the layer's TURNS are those of another product, and SMALL_BEFORE of those of the slots below SMALL. Slots
+    are freed FREED at a time, no more than half of them.
     """
     MMA_A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, A, 16])
     MMA_B: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
@@ -229,17 +231,19 @@ def _multiply(
             acc_a = warpgroup_mma(x, a_tiles.index(slot + nothing).permute((1, 0)), acc_a, is_async=True)
             if B > 0:
                 acc_b = warpgroup_mma(x, b_tiles.index(slot + nothing).permute((1, 0)), acc_b, is_async=True)
-                acc_a, acc_b = warpgroup_mma_wait(EACH, deps=(acc_a, acc_b))
+                acc_a, acc_b = warpgroup_mma_wait(EACH * (slot % FREED + 1), deps=(acc_a, acc_b))
             else:
-                acc_a = warpgroup_mma_wait(EACH, deps=(acc_a,))
-            # the slots before are free once every warp has read them
-            _barrier()
-            if slot > 0:
-                mbarrier.arrive(freed.index(slot - 1))
-                mbarrier.arrive(x_freed.index(slot - 1))
-            else:
-                mbarrier.arrive(freed.index(STAGES - 1), pred=round > 0)
-                mbarrier.arrive(x_freed.index(STAGES - 1), pred=round > 0)
+                acc_a = warpgroup_mma_wait(EACH * (slot % FREED + 1), deps=(acc_a,))
+            if slot % FREED == 0:
+                # the slots before are free once every warp has read them
+                _barrier()
+                for i in gl.static_range(FREED):
+                    if slot > 0:
+                        mbarrier.arrive(freed.index(slot - FREED + i))
+                        mbarrier.arrive(x_freed.index(slot - FREED + i))
+                    else:
+                        mbarrier.arrive(freed.index(STAGES - FREED + i), pred=round > 0)
+                        mbarrier.arrive(x_freed.index(STAGES - FREED + i), pred=round > 0)
     if B > 0:
         acc_a, acc_b = warpgroup_mma_wait(0, deps=(acc_a, acc_b))
         sums[1].store(acc_b)
@@ -247,8 +251,9 @@ def _multiply(
         acc_a = warpgroup_mma_wait(0, deps=(acc_a,))
     sums[0].store(acc_a)
     _barrier()
-    mbarrier.arrive(freed.index(STAGES - 1))
-    mbarrier.arrive(x_freed.index(STAGES - 1))
+    for i in gl.static_range(FREED):
+        mbarrier.arrive(freed.index(STAGES - FREED + i))
+        mbarrier.arrive(x_freed.index(STAGES - FREED + i))
 
 
 @gluon.jit
@@ -272,7 +277,7 @@ def _make_products(
     OUT_TURNS: gl.constexpr = D // QUARTERS // DEEP // STAGES
     TURNS: gl.constexpr = IN_TURNS + OUT_TURNS
     for layer in range(layers):
-        _multiply(ring, inputs, sums, layer, 0, 0, IN_TURNS, TURNS, SMALL, A, B, STAGES)
+        _multiply(ring, inputs, sums, layer, 0, 0, IN_TURNS, TURNS, SMALL, A, B, STAGES, 1)
         mbarrier.arrive(done)
-        _multiply(ring, inputs, sums, layer, IN_TURNS, 1, OUT_TURNS, TURNS, SMALL, A, B, STAGES)
+        _multiply(ring, inputs, sums, layer, IN_TURNS, 1, OUT_TURNS, TURNS, SMALL, A, B, STAGES, 1)
         mbarrier.arrive(done)
