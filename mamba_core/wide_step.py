@@ -14,20 +14,28 @@ from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import persistent_narrow, persistent_rows, persistent_wide
 from mamba_core.ops.triton.persistent_wide import MAX_ROWS
 
-# fewer are faster in other ways
+# fewer are faster in other ways, for layers of at least _WIDE and for narrower ones
 LEAST_ROWS = 17
+_LEAST_ROWS_NARROW = 33
+_WIDE = 1024
 # less wide ones were not timed
 _LEAST_WIDTH = 768
 
 
 def is_applicable(model: MambaModel, num_rows: int) -> bool:
     """Whether ``wide_step`` can take the place of ``fused_step`` for so many rows, and is faster."""
+    width = model.config.hidden_size
     return (
-        LEAST_ROWS <= num_rows <= MAX_ROWS
-        and model.config.hidden_size >= _LEAST_WIDTH
+        least_rows(width) <= num_rows <= MAX_ROWS
+        and width >= _LEAST_WIDTH
         and single_step.suits(model, persistent_rows.is_applicable)
         and _can_run(cast(list[MambaBlock], model.layers)[0])
     )
+
+
+def least_rows(width: int) -> int:
+    """The rows from which it is faster, for layers so wide."""
+    return LEAST_ROWS if width >= _WIDE else _LEAST_ROWS_NARROW
 
 
 def _can_run(layer: MambaBlock) -> bool:

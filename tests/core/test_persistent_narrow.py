@@ -46,9 +46,10 @@ def test_it_is_taken_for_narrow_models(tiny_model: MakeModel, monkeypatch: pytes
     assert wide_step._kernel_for(backbone.layers[0]) is persistent_narrow
     cache = MambaCache.from_config(backbone.config, 2, dtype=torch.float32)
     counters = torch.zeros(MAX_TILES, dtype=torch.int32)
-    for rows in (wide_step.LEAST_ROWS - 1, wide_step.LEAST_ROWS, MAX_ROWS):
+    least = wide_step.least_rows(768)
+    for rows in (least - 1, least, MAX_ROWS):
         fused_step.fused_step(backbone, torch.arange(rows), torch.arange(rows), cache, counters)
-    assert steps == [("few", wide_step.LEAST_ROWS - 1), ("wide", wide_step.LEAST_ROWS), ("wide", MAX_ROWS)]
+    assert steps == [("few", least - 1), ("wide", least), ("wide", MAX_ROWS)]
     grant_programs(monkeypatch, programs(768) - 1)
     assert not wide_step.is_applicable(backbone, MAX_ROWS)
 

@@ -26,7 +26,7 @@ _BLOCK_D = 128
 _WARPS = 4
 # of one token a row: a warp has a row, eight channels a lane
 _STEP_B = 4
-_STEP_D = 256
+_STEP_D = 512
 # programs that share out the tokens of a weight gradient: bounds the partial sums
 _BACKWARD_PROGRAMS = 256
 
