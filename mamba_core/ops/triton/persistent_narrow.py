@@ -110,10 +110,7 @@ def launch_constants(rows: int, width: int, rank: int, taps: int) -> dict[str, i
         "FREED": stages // 2,
         "COPIERS": _COPIERS,
         "AHEAD": 3,
-        "EARLY": 0,
         "MIDDLE": space // 16,
-        "LATE": True,
-        "GATHER": True,
     }
 
 

@@ -111,10 +111,7 @@ def _advance(
     HAS_CONV_BIAS: gl.constexpr,
     TAP_MAJOR: gl.constexpr,
     STAGES: gl.constexpr,
-    EARLY: gl.constexpr,
     MIDDLE: gl.constexpr,
-    LATE: gl.constexpr,
-    GATHER: gl.constexpr,
 ):
     """What the first warps do: the step itself, but for in_proj."""
     LOW_WIDTH: gl.constexpr = R + 2 * N
@@ -191,9 +188,6 @@ def _advance(
         g, b = _indices_2d(32, ROWS, SQUARES)
         mask = gl.max_constancy((g < GROUPS) & (b >= 0), [1, 4])
         squares_read = gl.load(squares_ptr + (g * ROWS + b), mask=mask, other=0.0, cache_modifier=".cg")
-        h = ()
-        for part in gl.static_range(EARLY):
-            h += (_state(ssm_ptr, slots[part], ssm_stride, first_c, part, rows, C, N, STATE),)
         scale = _scale(squares_read, eps, like, H)
         mbarrier.wait(done, layer & 1)
         x, gate, newest = _convolve(sums.load(PAIRS), scale, recalled, CONV_DTYPE)
@@ -204,7 +198,8 @@ def _advance(
         x_kept.store(x)
         gates.store(gate)
         low_weights = _low_weights(p_at, low_o, gl.where(low_rows > 0, LOW_HIGH, 0), D)
-        for part in gl.static_range(EARLY, MIDDLE):
+        h = ()
+        for part in gl.static_range(MIDDLE):
             h += (_state(ssm_ptr, slots[part], ssm_stride, first_c, part, rows, C, N, STATE),)
         _await(counter_ptr, target)
 
@@ -252,25 +247,16 @@ def _advance(
             x = x_kept.slice(part * PART, PART).load(STATE_C)
             gate = gates.slice(part * PART, PART).load(STATE_C)
             moved, y = _moved(h[part], constants, now, delta, x, gate)
-            if GATHER:
-                y_kept.slice(part * PART, PART).store(y.to(gl.bfloat16))
-            else:
-                b, d = _indices_2d(PART, C, STATE_C)
-                y_at = y_ptr + ((part * PART + b) * D + first_c + d)
-                gl.store(y_at, y.to(gl.bfloat16), mask=(part * PART + b < rows) & (d >= 0))
-            if LATE:
-                moved_states += (moved,)
-            else:
-                _keep(ssm_ptr, slots[part], ssm_stride, first_c, part, rows, moved, STATE)
-        if GATHER:
-            b, d = _indices_2d(SPACE, C, OWN_Y)
-            y_at = gl.multiple_of(y_ptr + (b * D + first_c + d), [1, 16])
-            mask = gl.max_constancy((b < rows) & (d >= 0), [1, 8])
-            gl.store(y_at, y_kept.slice(0, SPACE).load(OWN_Y), mask=mask)
+            y_kept.slice(part * PART, PART).store(y.to(gl.bfloat16))
+            moved_states += (moved,)
+        b, d = _indices_2d(SPACE, C, OWN_Y)
+        y_at = gl.multiple_of(y_ptr + (b * D + first_c + d), [1, 16])
+        mask = gl.max_constancy((b < rows) & (d >= 0), [1, 8])
+        gl.store(y_at, y_kept.slice(0, SPACE).load(OWN_Y), mask=mask)
         target += PROGRAMS
         _count(counter_ptr)
         # what nobody waits for
-        for part in gl.static_range(PARTS if LATE else 0):
+        for part in gl.static_range(PARTS):
             _keep(ssm_ptr, slots[part], ssm_stride, first_c, part, rows, moved_states[part], STATE)
         home, mask = _home_of_windows(conv_ptr, kept_slots, conv_stride, first_c, rows, C, K, TAP_MAJOR, KEPT)
         _keep_newest(home, mask, gl.convert_layout(newest.to(CONV_DTYPE), KEPT), D, K, TAP_MAJOR)
@@ -325,18 +311,15 @@ def persistent_narrow_kernel(
     FREED: gl.constexpr,
     COPIERS: gl.constexpr,
     AHEAD: gl.constexpr,
-    EARLY: gl.constexpr,
     MIDDLE: gl.constexpr,
-    LATE: gl.constexpr,
-    GATHER: gl.constexpr,
 ):
     """gained [B, H] and squares [groups, 64] of the last residual for tokens [B], states in slots [B] moved on.
 
     table [layers, FIELDS] int64 addresses. low [64, R + 2 N] fp32, dt like low, y [B, D]: room for what programs tell
     each other. counter is zero before and after. A program has A outputs of in_proj and, for a quarter of the SPACE
     rows, of out_proj. COPIERS warps copy weights, AHEAD tiles and one more at a time, and as many inputs; slots are
-    freed FREED at a time. Of the rows' states, PART rows each, EARLY parts are read beside in_proj, those below MIDDLE
-    beside x_proj, and the others after it; LATE: they are written once y has been told.
+    freed FREED at a time. Of the rows' states, PART rows each, MIDDLE parts are read beside x_proj, the others
+    after it; all are written once y has been told.
     """
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     FLAT_3D: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -410,10 +393,7 @@ def persistent_narrow_kernel(
                     HAS_CONV_BIAS,
                     TAP_MAJOR,
                     STAGES,
-                    EARLY,
                     MIDDLE,
-                    LATE,
-                    GATHER,
                 ),
             ),
             (_make_products, (ring, inputs, (sums,), done, layers, H, A, STAGES, FREED)),
