@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mamba_core.configuration_mamba import MambaConfig
+from mamba_core.ops.lag import BEHIND, Lag
 
 Slots = int | Sequence[int] | Tensor
 
@@ -35,17 +36,21 @@ class MambaCache:
     conv [layers, S, D, K-1]: the last K-1 inputs of each convolution, oldest first. ssm [layers, S, D, N]. A slot
     starts as zeros. Under ``generate()`` row i of the batch is slot i. On a GPU conv is a view of [layers, S, K-1, D],
     so that threads read neighbouring channels at once.
+
+    With ``lag``, steps of many rows may leave slots behind (``Packing.may_lag``), and whoever continues these in
+    another way has them settled first, see ``lagging.Settler``.
     """
 
     # what generate() asks of any cache: neither static-compiled nor cut back to an earlier token
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, conv: Tensor, ssm: Tensor) -> None:
+    def __init__(self, conv: Tensor, ssm: Tensor, lag: Lag | None = None) -> None:
         if conv.shape[:3] != ssm.shape[:3]:
             raise ValueError(f"conv {tuple(conv.shape)} and ssm {tuple(ssm.shape)} do not belong together")
         self.conv = conv
         self.ssm = ssm
+        self.lag = lag
         self._num_columns = 0
 
     @classmethod
@@ -57,10 +62,13 @@ class MambaCache:
         dtype: torch.dtype,
         state_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        may_lag: bool = False,
     ) -> MambaCache:
         """Zeroed cache for a model: ``dtype`` is the model's, ``state_dtype`` that of the SSM state."""
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        if may_lag and state_dtype != torch.float32:
+            raise ValueError(f"states that are rounded to {state_dtype} cannot take two tokens at once")
         (channels, taps), ssm_shape = _slot_shapes(config)
         layers = config.num_hidden_layers
         is_tap_major = torch.device(device).type == "cuda"
@@ -69,14 +77,18 @@ class MambaCache:
         with torch.inference_mode(False):
             conv = torch.zeros(layers, num_slots, *conv_shape, dtype=dtype, device=device)
             ssm = torch.zeros(layers, num_slots, *ssm_shape, dtype=state_dtype, device=device)
-        return cls(conv.mT if is_tap_major else conv, ssm)
+            lag = Lag.zeros(layers, num_slots, *ssm_shape, dtype=dtype, device=device) if may_lag else None
+        return cls(conv.mT if is_tap_major else conv, ssm, lag)
 
     @staticmethod
-    def slot_bytes(config: MambaConfig, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32) -> int:
+    def slot_bytes(
+        config: MambaConfig, dtype: torch.dtype, state_dtype: torch.dtype = torch.float32, *, may_lag: bool = False
+    ) -> int:
         """Bytes one slot takes, without allocating it."""
         (channels, taps), (_, states) = _slot_shapes(config)
+        layers = config.num_hidden_layers
         per_layer = channels * (taps * dtype.itemsize + states * state_dtype.itemsize)
-        return config.num_hidden_layers * per_layer
+        return layers * per_layer + (Lag.slot_bytes(layers, channels, states, dtype) if may_lag else 0)
 
     @property
     def num_slots(self) -> int:
@@ -84,7 +96,8 @@ class MambaCache:
 
     @property
     def bytes_per_slot(self) -> int:
-        return (self.conv.nbytes + self.ssm.nbytes) // self.num_slots
+        lag_bytes = 0 if self.lag is None else self.lag.nbytes
+        return (self.conv.nbytes + self.ssm.nbytes + lag_bytes) // self.num_slots
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +112,8 @@ class MambaCache:
         index = self._index(slots)
         self.conv.index_fill_(1, index, 0)
         self.ssm.index_fill_(1, index, 0)
+        if self.lag is not None:
+            self.lag.phases.index_fill_(0, index, 0)
 
     def copy(self, src: Slots, dst: Slots) -> None:
         """Copy slots ``src`` over ``dst``, one to one, or one ``src`` over many ``dst``."""
@@ -107,12 +122,16 @@ class MambaCache:
             source = source.expand(target.numel())
         if source.numel() != target.numel():
             raise ValueError(f"{source.numel()} source slots for {target.numel()} destinations")
-        for state in (self.conv, self.ssm):
+        for state in self._states():
             state.index_copy_(1, target, state.index_select(1, source))
+        if self.lag is not None:
+            self.lag.phases.index_copy_(0, target, self.lag.phases.index_select(0, source))
 
     def export(self, slot: int) -> StateSnapshot:
-        """A copy of one slot that later steps do not touch."""
+        """A copy of one slot that later steps do not touch. Raises ValueError if its states lack a token."""
         self._index(slot)
+        if self.lag is not None and self.lag.phases[slot] == BEHIND:
+            raise ValueError(f"the states of slot {slot} lack a token: settle it first")
         return StateSnapshot(self.conv[:, slot].clone(), self.ssm[:, slot].clone())
 
     def load(self, slot: int, snapshot: StateSnapshot) -> None:
@@ -126,19 +145,25 @@ class MambaCache:
                 )
         self.conv[:, slot].copy_(snapshot.conv)
         self.ssm[:, slot].copy_(snapshot.ssm)
+        if self.lag is not None:
+            self.lag.phases[slot] = 0
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Let slot i hold what slot ``beam_idx[i]`` held, for all slots; beam_idx [S]."""
         if beam_idx.shape != (self.num_slots,):
             raise ValueError(f"beam_idx must have shape ({self.num_slots},), got {tuple(beam_idx.shape)}")
         index = beam_idx.to(self.device)
-        self.conv.copy_(self.conv.index_select(1, index))
-        self.ssm.copy_(self.ssm.index_select(1, index))
+        for state in self._states():
+            state.copy_(state.index_select(1, index))
+        if self.lag is not None:
+            self.lag.phases.copy_(self.lag.phases.index_select(0, index))
 
     def reset(self) -> None:
         """Make every slot fresh."""
         self.conv.zero_()
         self.ssm.zero_()
+        if self.lag is not None:
+            self.lag.phases.zero_()
         self._num_columns = 0
 
     def get_seq_length(self) -> int:
@@ -150,6 +175,10 @@ class MambaCache:
         self._num_columns += num_columns
 
     reorder_cache = reorder
+
+    def _states(self) -> tuple[Tensor, ...]:
+        """All that a slot holds, [layers, S, ...] each, but for whether it is behind."""
+        return (self.conv, self.ssm) if self.lag is None else (self.conv, self.ssm, self.lag.inputs, self.lag.b)
 
     def _index(self, slots: Slots) -> Tensor:
         if isinstance(slots, Tensor):

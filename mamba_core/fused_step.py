@@ -9,9 +9,11 @@ from torch import Tensor
 
 from mamba_core import few_rows_step, single_step, wide_step
 from mamba_core.cache import MambaCache
+from mamba_core.lagging import lags
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import step as ops
 from mamba_core.ops.triton.quantized import Matrix
+from mamba_core.ops.triton.step_lag import turn
 
 # the width of the tiles in which the convolution follows its product
 _CHANNEL_MULTIPLE = 64
@@ -33,17 +35,17 @@ def is_applicable(model: MambaModel) -> bool:
     )
 
 
-def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:
+def fused_step(
+    model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor, *, may_lag: bool = False
+) -> Tensor:
     """tokens, slots [B] int64 -> hidden [B, H] after the final norm; the slots of the cache move on by one token.
 
-    counters: [MAX_TILES] int32 zeros, which are zero again afterwards; no two steps may use them at once.
+    counters: [MAX_TILES] int32 zeros, which are zero again afterwards; no two steps may use them at once. may_lag: see
+    ``Packing``.
     """
-    if len(tokens) == 1 and single_step.is_applicable(model):
-        return single_step.single_step(model, tokens, slots, cache, counters)
-    if wide_step.is_applicable(model, len(tokens)):
-        return wide_step.wide_step(model, tokens, slots, cache, counters)
-    if few_rows_step.is_applicable(model, len(tokens)):
-        return few_rows_step.few_rows_step(model, tokens, slots, cache, counters)
+    lag = cache.lag if may_lag and lags(cache, len(tokens)) else None
+    if lag is None and (hidden := _single_launch(model, tokens, slots, cache, counters)) is not None:
+        return hidden
     layers = cast(list[MambaBlock], model.layers)
     # made, where they have to be made, before the first kernel: the others read them while their predecessor still runs
     decays = [layer.mixer.A() for layer in layers]
@@ -66,7 +68,23 @@ def fused_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCac
             mixer.D,
             ssm_state,
             mixer.inner_norm_eps,
+            None if lag is None else lag.layer(index),
         )
         norm = layers[index + 1].norm if index + 1 < len(layers) else model.norm_f
         gained, residual = ops.project_out(step, y, out_proj, mixer.out_proj.bias, norm.weight, residual)
+    if lag is not None:
+        turn(slots, lag)
     return ops.finish(step, gained)
+
+
+def _single_launch(
+    model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor
+) -> Tensor | None:
+    """``fused_step`` by one launch for all layers, where there is one that is faster."""
+    if len(tokens) == 1 and single_step.is_applicable(model):
+        return single_step.single_step(model, tokens, slots, cache, counters)
+    if wide_step.is_applicable(model, len(tokens)):
+        return wide_step.wide_step(model, tokens, slots, cache, counters)
+    if few_rows_step.is_applicable(model, len(tokens)):
+        return few_rows_step.few_rows_step(model, tokens, slots, cache, counters)
+    return None

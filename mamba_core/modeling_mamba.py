@@ -260,7 +260,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
             from mamba_core.fused_step import fused_step, is_applicable
 
             if is_applicable(self.backbone):
-                return fused_step(self.backbone, input_ids, packing.slots, cache, self._step_counters())
+                counters = self._step_counters()
+                return fused_step(self.backbone, input_ids, packing.slots, cache, counters, may_lag=packing.may_lag)
         elif cache is not None and (step := self._native_step(cache)) is not None and step.suits(packing):
             return step.step(self.backbone, input_ids, packing.token_slots, cache)
         return None

@@ -31,6 +31,10 @@ class StepOutput:
 StepBody = Callable[[Packing], StepOutput]
 
 
+def nothing(_num_rows: int) -> None:
+    """What there is to do before a step where there is nothing."""
+
+
 class Steps:
     """A step for any number of rows, launched operation by operation. ``slots`` [Bmax] is read at every run."""
 
@@ -39,10 +43,11 @@ class Steps:
         self._slots = slots
         self._packings: dict[int, Packing] = {}
 
-    def run(self, num_rows: int) -> StepOutput:
-        """One step of the first ``num_rows`` slots; the output may have more rows."""
+    def run(self, num_rows: int, before: Callable[[int], None] = nothing) -> StepOutput:
+        """One step of the first ``num_rows`` slots, of whose number ``before`` is told first."""
         if num_rows not in self._packings:
-            self._packings[num_rows] = Packing.step(self._slots[:num_rows])
+            self._packings[num_rows] = Packing.step(self._slots[:num_rows], may_lag=True)
+        before(num_rows)
         return self._body(self._packings[num_rows])
 
     def start(self) -> None:
@@ -82,11 +87,14 @@ class GraphSteps:
         for num_rows in (largest, *(bucket for bucket in FIRST_BUCKETS if bucket < largest)):
             self._try_to_capture(num_rows)
 
-    def run(self, num_rows: int) -> StepOutput:
-        """One step of the first ``num_rows`` slots; the output may have more rows."""
+    def run(self, num_rows: int, before: Callable[[int], None] = nothing) -> StepOutput:
+        """One step of the first ``num_rows`` slots; the output may have more rows, of whose number ``before`` is told
+        first.
+        """
         found = self._find(num_rows)
         if found is None:
-            return self._eager.run(num_rows)
+            return self._eager.run(num_rows, before)
+        before(found.output.tokens.shape[0])
         self.replay(found.graph)
         return found.output
 
@@ -116,8 +124,8 @@ class GraphSteps:
     def _try_to_capture(self, num_rows: int) -> None:
         if not self._capturer.can_capture:
             return
-        packing = self._packings[num_rows] = Packing.step(self._slots[:num_rows])
-        scratch = Packing.step(torch.zeros_like(packing.slots))
+        packing = self._packings[num_rows] = Packing.step(self._slots[:num_rows], may_lag=True)
+        scratch = Packing.step(torch.zeros_like(packing.slots), may_lag=True)
 
         def step() -> StepOutput:
             output = self._body(packing)

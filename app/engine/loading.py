@@ -95,12 +95,21 @@ def build_engine(
 ) -> tuple[Engine, ModelInfo]:
     """An engine around a model that is loaded. Raises MemoryTooSmall."""
     device, dtype, state_dtype = placement.device, placement.dtype, placement.state_dtype
-    slot_bytes = MambaCache.slot_bytes(model.config, dtype, state_dtype)
-    num_slots = config.max_num_seqs or choose_max_num_seqs(device, slot_bytes, config.memory_fraction)
-    cache = MambaCache.from_config(model.config, num_slots + 1, dtype=dtype, state_dtype=state_dtype, device=device)
+    model.eval()
+    may_lag = _may_lag(model, placement, config.max_num_seqs)
+    num_slots = config.max_num_seqs or _fitting(model, config, placement, may_lag=may_lag)
+    if may_lag and not _may_lag(model, placement, num_slots):
+        may_lag, num_slots = False, _fitting(model, config, placement, may_lag=False)
+    cache = MambaCache.from_config(
+        model.config,
+        num_slots + 1,
+        dtype=dtype,
+        state_dtype=state_dtype,
+        device=device,
+        may_lag=may_lag,
+    )
     vocab_size = model.config.vocab_size
     budget = config.prefill_budget or DEFAULT_PREFILL_BUDGET[device.type]
-    model.eval()
     runner = _make_runner(model, cache, budget, cuda_graphs=config.cuda_graphs)
     with stage("getting ready for the first steps"):
         runner.start()
@@ -135,6 +144,21 @@ def _make_runner(model: MambaForCausalLM, cache: MambaCache, prefill_budget: int
 
     vocab_size = model.config.vocab_size
     return cuda_runner(model, cache, vocab_size, cuda_graphs=cuda_graphs, prefill_budget=prefill_budget)
+
+
+def _fitting(model: MambaForCausalLM, config: EngineConfig, placement: Placement, *, may_lag: bool) -> int:
+    """Sequences that run at once if nobody says how many."""
+    slot_bytes = MambaCache.slot_bytes(model.config, placement.dtype, placement.state_dtype, may_lag=may_lag)
+    return choose_max_num_seqs(placement.device, slot_bytes, config.memory_fraction)
+
+
+def _may_lag(model: MambaForCausalLM, placement: Placement, num_rows: int | None) -> bool:
+    """Whether there are steps, of up to ``num_rows``, that are faster if states may lack a token."""
+    if placement.device.type != "cuda":
+        return False
+    from app.engine.cuda import may_lag
+
+    return may_lag(model, placement.state_dtype, num_rows)
 
 
 def _describe(model: MambaForCausalLM, placement: Placement, num_slots: int, bytes_per_slot: int) -> ModelInfo:

@@ -15,6 +15,7 @@ from app.engine.host import Mark, mark, to_device, to_host
 from app.engine.logprobs import to_records, token_logprobs
 from app.engine.request import TokenLogprobs
 from app.engine.sequence import Chunk, Forced, StepPlan, StepResult
+from app.engine.states import States
 from mamba_core.cache import MambaCache
 from mamba_core.ops import Packing
 
@@ -93,10 +94,12 @@ class Runner:
         decoder: Decoder | None = None,
         quick_prefill: QuickPrefill | None = None,
         *,
+        states: States | None = None,
         is_uniform: bool = False,
     ) -> None:
         self._model = model
         self._cache = cache
+        self._states = states or States(cache)
         self._device = cache.device
         self._decoder: Decoder = decoder or EagerDecoder(model, cache, vocab_size)
         self._quick_prefill = quick_prefill
@@ -114,6 +117,7 @@ class Runner:
     @torch.inference_mode()
     def start(self) -> None:
         """Get ready for the first steps."""
+        self._states.start()
         self._decoder.start()
 
     @torch.inference_mode()
@@ -121,7 +125,8 @@ class Runner:
         """Start a step. If it raises, the states of all slots are suspect: ``forget``, and compute them again."""
         marks = [mark(self._device)] if plan.chunks else []
         if plan.fresh:
-            self._cache.zero(to_device(array("q", plan.fresh), torch.int64, self._device))
+            self._states.zero(plan.fresh)
+        self._states.settle(chunk.prefill.slot for chunk in (*plan.chunks, *plan.missing))
         if self._is_uniform:
             prefilled, missing = self._prefill_uniformly(plan)
         else:
@@ -131,8 +136,7 @@ class Runner:
         if not prefilled.is_typical:
             marks.clear()
         if plan.forks:
-            numbers = array("q", (slot for fork in plan.forks for slot in fork))
-            self._cache.copy(*to_device(numbers, torch.int64, self._device).view(-1, 2).unbind(1))
+            self._states.copy(plan.forks)
         if marks:
             marks.append(mark(self._device))
         rows = self._decoder.launch(plan.rows, missing, prefilled.hidden) if plan.rows else None

@@ -14,12 +14,13 @@ from torch import Tensor
 from app.engine.adjustments import AdjustedRows, Adjuster, is_adjusted
 from app.engine.decoder import BROKEN, Model, PendingRows, Seats
 from app.engine.distribution import stream_key
-from app.engine.graphs import StepBody, StepOutput, rows_like_first
+from app.engine.graphs import StepBody, StepOutput, nothing, rows_like_first
 from app.engine.host import to_device, to_host
 from app.engine.logprobs import LogprobRows, logprob_rows, token_logprobs
 from app.engine.masks import Mask, Masker, Verdict
 from app.engine.request import SamplingParams
 from app.engine.sequence import Chunk, Sequence
+from app.engine.states import States
 from mamba_core.cache import MambaCache
 from mamba_core.ops import Packing
 
@@ -41,8 +42,10 @@ DrawTokens = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
 class StepRuns(Protocol):
     """Runs a step body for any number of rows; ``graphs.Steps`` and ``graphs.GraphSteps`` are two ways."""
 
-    def run(self, num_rows: int) -> StepOutput:
-        """One step of the first ``num_rows`` slots; the output may have more rows."""
+    def run(self, num_rows: int, before: Callable[[int], None] = nothing) -> StepOutput:
+        """One step of the first ``num_rows`` slots; the output may have more rows, of whose number ``before`` is told
+        first.
+        """
 
     def start(self) -> None:
         """Get ready for the first steps; slot 0 is written to."""
@@ -79,9 +82,11 @@ class SlotDecoder:
         tables: SamplingTables,
         draw: DrawTokens,
         make_steps: Callable[[StepBody, Tensor], StepRuns],
+        states: States | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
+        self._states = states or States(cache)
         self._device = cache.device
         self._tables = tables
         self._draw = draw
@@ -104,7 +109,7 @@ class SlotDecoder:
     ) -> PendingRows:
         if rows is not self._rows or self._masker.is_stale:
             self._seat(rows)
-        output = self._steps.run(len(rows)) if hidden is None else self._start(hidden)
+        output = self._steps.run(len(rows), self._before_step) if hidden is None else self._start(hidden)
         verdict = Verdict()
         if self._redraw is not None:
             verdict = self._masker.make()
@@ -131,6 +136,10 @@ class SlotDecoder:
 
     def prepare_more(self) -> bool:
         return self._steps.prepare_more()
+
+    def _before_step(self, num_rows: int) -> None:
+        assert self._rows is not None
+        self._states.before_step(self._rows, num_rows)
 
     def _step(self, packing: Packing) -> StepOutput:
         slots = packing.slots

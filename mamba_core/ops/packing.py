@@ -37,6 +37,8 @@ class Packing:
 
     in_steps: a model may take the tokens as those of steps instead, one of a sequence behind the other. num_beside: as
     many such packings are at work at the same time, this one included, by which a kernel may choose how to go about it.
+    may_lag: a step may leave states behind by a token, if the cache has room for it and the rows are many enough
+    (``lagging.lags``); for any other packing no state may lack one.
     """
 
     slots: Tensor
@@ -45,6 +47,7 @@ class Packing:
     max_seqlen: int
     in_steps: bool = False
     num_beside: int = 1
+    may_lag: bool = False
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], slots: Tensor, *, in_steps: bool = False) -> Packing:
@@ -58,10 +61,11 @@ class Packing:
         return cls(slots, cu_seqlens, offsets[-1], max(lengths, default=0), in_steps)
 
     @classmethod
-    def step(cls, slots: Tensor) -> Packing:
+    def step(cls, slots: Tensor, *, may_lag: bool = False) -> Packing:
         """Packing of one token per row."""
         rows = slots.shape[0]
-        return cls(slots, torch.arange(rows + 1, dtype=torch.int32, device=slots.device), rows, 1)
+        bounds = torch.arange(rows + 1, dtype=torch.int32, device=slots.device)
+        return cls(slots, bounds, rows, 1, may_lag=may_lag)
 
     @property
     def num_rows(self) -> int:

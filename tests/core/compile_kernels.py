@@ -40,16 +40,22 @@ KERNELS: list[tuple[str, str, dict[str, Any], int]] = [
     ("conv_backward_kernels", "conv_backward_input_kernel", {"K": WIDTH, "BLOCK_T": 16, "BLOCK_D": 128}, 4),
     ("norm_kernels", "norm_kernel", NORM | {"KEEP_SCALE": True}, 4),
     ("norm_kernels", "norm_backward_kernel", NORM | {"HAS_TOTAL": True}, 4),
+    ("step_lag_kernels", "turn_kernel", {"BLOCK_B": 128}, 4),
+    ("step_lag_kernels", "settle_kernel", {"N": NUM_STATES, "BLOCK_N": 16, "BLOCK_D": 256}, 4),
     ("quantized_kernels", "dequantize_kernel", {"BLOCK": 4096}, 4),
 ]
 # pointers to anything but bf16
-TYPES = {"slots_ptr": "*i64", "cu_seqlens_ptr": "*i32", "seq_idx_ptr": "*i32"} | {
-    f"{name}_ptr": "*fp32"
-    for name in (
-        *("a", "da", "db", "dc", "dd", "dbias", "dweight", "dpre"),
-        *("checkpoint", "scratch", "entry", "total", "scale", "scales"),
-    )
-}
+TYPES = (
+    {"slots_ptr": "*i64", "table_ptr": "*i64"}
+    | dict.fromkeys(("cu_seqlens_ptr", "seq_idx_ptr", "phases_ptr"), "*i32")
+    | {
+        f"{name}_ptr": "*fp32"
+        for name in (
+            *("a", "da", "db", "dc", "dd", "dbias", "dweight", "dpre"),
+            *("checkpoint", "scratch", "entry", "total", "scale", "scales"),
+        )
+    }
+)
 UNALIGNED = frozenset({"nothing", "b_stride", "c_stride", "num_rows"})
 
 

@@ -39,13 +39,16 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("gather_kernel", {"SHARES": 8, "HAS_BIAS": False, "BLOCK_H": 4096}),
     ("finish_kernel", {"PARTS": 640, "BLOCK_P": 1024, "BLOCK_H": 4096}),
     ("delta_kernel", LOW | {"WIDTH": 192, "BLOCK_B": 16, "BLOCK_D": 64}),
-    ("advance_kernel", LOW | STATES | {"OWN_DELTA": True, "RAW_DELTA": False}),
-    ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True}),
+    ("advance_kernel", LOW | STATES | {"OWN_DELTA": True, "RAW_DELTA": False, "LAGS": False}),
+    ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True, "LAGS": False}),
+    ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True, "LAGS": True}),
 ]
 TYPES = {
     **dict.fromkeys(("slots_ptr", "tokens_ptr"), "*i64"),
-    **dict.fromkeys(("squares_ptr", "residual_ptr", "low_ptr", "delta_ptr", "a_ptr", "d_ptr", "share_ptr"), "*fp32"),
-    "count_ptr": "*i32",
+    **dict.fromkeys(
+        ("squares_ptr", "residual_ptr", "low_ptr", "delta_ptr", "a_ptr", "d_ptr", "share_ptr", "kept_b_ptr"), "*fp32"
+    ),
+    **dict.fromkeys(("count_ptr", "phases_ptr"), "*i32"),
 }
 INT8 = {"w_ptr": "*i8", "scales_ptr": "*fp32"}
 # those that take a large matrix, in either type

@@ -143,3 +143,57 @@ def test_a_cache_made_under_inference_mode_is_writable_outside() -> None:
     cache.ssm.fill_(1)
     cache.zero([0, 1])
     assert cache.ssm.count_nonzero() == 0
+
+
+@pytest.fixture
+def lagging() -> MambaCache:
+    made = MambaCache.from_config(CONFIG, 5, dtype=torch.bfloat16, may_lag=True)
+    assert made.lag is not None
+    for tensor in (made.conv, made.ssm, made.lag.inputs, made.lag.b):
+        tensor.normal_()
+    made.lag.phases[1:3] = 1
+    return made
+
+
+def flags(cache: MambaCache) -> list[int]:
+    assert cache.lag is not None
+    flags: list[int] = cache.lag.phases.tolist()
+    return flags
+
+
+def test_what_states_lack_counts_as_memory(lagging: MambaCache) -> None:
+    plain = MambaCache.slot_bytes(CONFIG, torch.bfloat16)
+    assert lagging.bytes_per_slot == MambaCache.slot_bytes(CONFIG, torch.bfloat16, may_lag=True)
+    assert lagging.bytes_per_slot == plain + 4 + 2 * (2 * 12 * 2 + 3 * 4)
+
+
+def test_only_states_that_are_not_rounded_may_lack_a_token() -> None:
+    with pytest.raises(ValueError, match="bfloat16"):
+        MambaCache.from_config(CONFIG, 5, dtype=torch.bfloat16, state_dtype=torch.bfloat16, may_lag=True)
+
+
+def test_what_states_lack_goes_where_they_go(lagging: MambaCache) -> None:
+    lag = lagging.lag
+    assert lag is not None
+    inputs, b = lag.inputs.clone(), lag.b.clone()
+    lagging.copy([1, 0], [4, 2])
+    assert flags(lagging) == [0, 1, 0, 0, 1]
+    assert torch.equal(lag.inputs[:, 4], inputs[:, 1])
+    assert torch.equal(lag.b[:, 4], b[:, 1])
+    lagging.reorder(torch.tensor([1, 0, 0, 0, 3]))
+    assert flags(lagging) == [1, 0, 0, 0, 0]
+    assert torch.equal(lag.inputs[:, 0], inputs[:, 1])
+    lagging.reset()
+    assert flags(lagging) == [0] * 5
+
+
+def test_a_fresh_or_loaded_slot_lacks_nothing(lagging: MambaCache) -> None:
+    snapshot = lagging.export(3)
+    lagging.zero([1])
+    lagging.load(2, snapshot)
+    assert flags(lagging) == [0] * 5
+
+
+def test_a_slot_that_lacks_a_token_is_not_exported(lagging: MambaCache) -> None:
+    with pytest.raises(ValueError, match="slot 2 lack a token"):
+        lagging.export(2)

@@ -9,12 +9,15 @@ import torch
 
 from mamba_core import MambaCache, MambaForCausalLM
 from mamba_core.fused_step import fused_step
+from mamba_core.lagging import Settler
 from mamba_core.ops import Packing
+from mamba_core.ops.lag import BEHIND, WRITTEN
 from mamba_core.ops.triton.quantized import Matrix, dequantize
 from mamba_core.ops.triton.step import MAX_TILES, project_head
+from mamba_core.ops.triton.step_tiles import SOME_ROWS
 from mamba_core.quantization import Int8Linear, quantize_int8
 from tests.core.ops_cases import by_taps, poison_memory
-from tests.core.step_cases import clone, error, widened
+from tests.core.step_cases import clone, error, in_dtype, widened
 
 MakeModel = Callable[..., MambaForCausalLM]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,3 +167,76 @@ def test_dequantizing_is_right_to_the_rounding(monkeypatch: pytest.MonkeyPatch, 
     poison_memory(monkeypatch)
     assert torch.equal(dequantize(weight, scales, torch.float32), weight.float() * scales[:, None])
     assert torch.equal(dequantize(weight, scales, DTYPE), (weight.float() * scales[:, None]).to(DTYPE))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "is_int8"),
+    [
+        ("mamba", ODD | {"hidden_size": 32}, False),
+        ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}, False),
+        ("mamba", BIASED, True),
+    ],
+    ids=["odd", "falcon", "int8"],
+)
+@torch.inference_mode()
+def test_steps_that_leave_states_behind_have_the_same_bits(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, object], is_int8: bool
+) -> None:
+    with torch.inference_mode(False):
+        model = in_dtype(tiny_model(family, **changes), DTYPE).to(DEVICE)
+    if is_int8:
+        quantize_int8(model)
+    num_slots = SOME_ROWS + 8
+    plain = warm_cache(model, num_slots, DTYPE)
+    lagging = MambaCache.from_config(model.config, num_slots, dtype=DTYPE, device=DEVICE, may_lag=True)
+    lagging.conv.copy_(plain.conv)
+    lagging.ssm.copy_(plain.ssm)
+    lag = lagging.lag
+    assert lag is not None
+    # what was never kept must never be read
+    lag.inputs.fill_(torch.nan)
+    lag.b.fill_(torch.nan)
+    settler = Settler(model.backbone, lagging)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
+    generator = torch.Generator().manual_seed(1)
+
+    def step(slots: torch.Tensor) -> None:
+        """One token for each slot, in both caches."""
+        tokens = torch.randint(model.config.vocab_size, slots.shape, generator=generator).to(DEVICE)
+        expected = fused_step(model.backbone, tokens, slots, plain, counters)
+        hidden = fused_step(model.backbone, tokens, slots, lagging, counters, may_lag=True)
+        assert torch.equal(hidden, expected)
+        assert torch.equal(lagging.conv, plain.conv)
+
+    poison_memory(monkeypatch)
+    for number in range(3):
+        before = lag.phases.clone()
+        # some come, some go, and some are there each time
+        slots = (1 + torch.randperm(num_slots - 1, generator=generator)[: SOME_ROWS + 1]).to(DEVICE)
+        step(slots)
+        is_left = (before == WRITTEN) | ((before == 0) & (torch.arange(num_slots, device=DEVICE) % 2 == 0))
+        before[slots] = torch.where(is_left, BEHIND, WRITTEN).int()[slots]
+        assert torch.equal(lag.phases, before)
+        in_time = lag.phases != BEHIND
+        assert torch.equal(lagging.ssm[:, in_time], plain.ssm[:, in_time])
+        assert not torch.equal(lagging.ssm, plain.ssm)
+        if number == 0:
+            # one slot begins anew and another goes on from where a third is, though they lack a token
+            fresh, source = (lag.phases == BEHIND).nonzero()[:2, 0]
+            target = (lag.phases == WRITTEN).nonzero()[0, 0]
+            for cache in (plain, lagging):
+                cache.zero(fresh)
+                cache.copy(source, target)
+            assert lag.phases[torch.stack((fresh, source, target))].tolist() == [0, BEHIND, BEHIND]
+    few = (lag.phases == BEHIND).nonzero()[:3, 0]
+    assert len(few) == 3
+    settler.settle(few)
+    assert torch.equal(lagging.ssm[:, few], plain.ssm[:, few])
+    # so few rows leave nothing behind
+    step(few)
+    assert not lag.phases[few].any()
+    assert lag.phases.any()
+    settler.settle(torch.arange(num_slots, device=DEVICE))
+    assert torch.equal(lagging.ssm, plain.ssm)
+    assert not lag.phases.any()
+    assert not counters.any()

@@ -16,6 +16,7 @@ from mamba_core.ops.triton import (
     scan_backward_kernels,
     scan_kernels,
     scan_tile_kernels,
+    step_lag_kernels,
 )
 from tests.compiling import records_of
 
@@ -28,6 +29,7 @@ MODULES = (
     scan_backward_kernels,
     scan_kernels,
     scan_tile_kernels,
+    step_lag_kernels,
 )
 
 

@@ -19,11 +19,14 @@ from app.engine.runner import Runner
 from app.engine.sampler import GREEDY_TEMPERATURE
 from app.engine.sequence import StepPlan
 from app.engine.slot_decoder import SlotDecoder
+from app.engine.states import States
 from mamba_core import MambaCache
 from mamba_core.ops import Packing
+from mamba_core.ops.lag import BEHIND, WRITTEN, Lag
 
 VOCAB_SIZE = 53
 CHUNK_SHAPES = (*(Shape(size, size, 1) for size in (4, 8, 32, 128)), Shape(8, 8, 2), Shape(32, 16, 8))
+LARGEST_THAT_DOES_NOT_LAG = 2
 _MODULUS = 9973
 
 
@@ -164,22 +167,76 @@ class BrokenCapturer(HostCapturer):
         return super().capture(name, warm_up, body)
 
 
-def graph_runner(model: Model, cache: MambaCache, vocab_size: int, capturer: Any = None) -> Runner:
+class LaggingModel:
+    """Steps of several rows leave every second token to the next step, as a GPU's do; ``states.Settler`` as well.
+
+    Raises AssertionError when the states of a sequence lack a token where they must not.
+    """
+
+    def __init__(self, model: Model, cache: MambaCache) -> None:
+        layers, slots = cache.ssm.shape[:2]
+        self._model = model
+        self._lag = cache.lag = Lag.zeros(layers, slots, 1, 1, dtype=torch.float32, device="cpu")
+        self._cache = cache
+        self.num_settled = 0
+
+    def lags(self, num_rows: int) -> bool:
+        return num_rows > LARGEST_THAT_DOES_NOT_LAG
+
+    def settle(self, slots: Tensor) -> None:
+        assert slots.unique().numel() == slots.numel()
+        self.num_settled += len(slots)
+        behind = slots[self._lag.phases[slots] == BEHIND]
+        if len(behind):
+            self._model.forward_packed(self._lag.b[0, behind, 0].long(), Packing.step(behind), self._cache)
+            self._lag.phases[behind] = 0
+
+    def forward_packed(
+        self, input_ids: Tensor, packing: Packing, cache: MambaCache, wanted: Tensor | None = None
+    ) -> Tensor:
+        slots = packing.slots
+        phases = self._lag.phases[slots]
+        if not (packing.is_step and packing.may_lag and self.lags(packing.num_rows)):
+            assert not (phases[slots != 0] == BEHIND).any()
+            return self._model.forward_packed(input_ids, packing, cache, wanted)
+        self.settle(slots[phases == BEHIND].unique())
+        is_left = (phases == WRITTEN) | ((phases == 0) & (slots % 2 == 0))
+        left = slots[is_left]
+        before = [state[:, left].clone() for state in (cache.conv, cache.ssm)]
+        hidden = self._model.forward_packed(input_ids, packing, cache)
+        for state, values in zip((cache.conv, cache.ssm), before, strict=True):
+            state[:, left] = values
+        self._lag.b[0, left, 0] = input_ids[is_left].float()
+        self._lag.phases[slots] = torch.where(is_left, BEHIND, WRITTEN).int()
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self._model.compute_logits(hidden)
+
+
+def graph_runner(
+    model: Model, cache: MambaCache, vocab_size: int, capturer: Any = None, states: States | None = None
+) -> Runner:
     """The runner of a GPU, on a CPU."""
     capturer = capturer or HostCapturer()
     make_steps = partial(GraphSteps, capturer=capturer)
-    decoder = SlotDecoder(model, cache, vocab_size, HostTables(cache.num_slots), draw_on_host, make_steps)
-    return OverlappedRunner(model, cache, vocab_size, decoder, ChunkGraphs(model, cache, capturer, CHUNK_SHAPES))
+    decoder = SlotDecoder(model, cache, vocab_size, HostTables(cache.num_slots), draw_on_host, make_steps, states)
+    chunk_graphs = ChunkGraphs(model, cache, capturer, CHUNK_SHAPES)
+    return OverlappedRunner(model, cache, vocab_size, decoder, chunk_graphs, states=states)
 
 
 def make_runner(mode: str, model: Model, cache: MambaCache, vocab_size: int) -> Runner:
-    """A runner that is "synchronous" or "overlapped", or overlapped with everything that a GPU has ("graphs"), or
-    synchronous with the ways that a CPU has ("uniform").
+    """A runner that is "synchronous" or "overlapped", or overlapped with everything that a GPU has ("graphs"), also
+    with states that may lack a token ("lagging"), or synchronous with the ways that a CPU has ("uniform").
     """
     if mode == "uniform":
         return Runner(model, cache, vocab_size, is_uniform=True)
-    if mode == "graphs":
-        runner = graph_runner(model, cache, vocab_size)
+    if mode in WITH_GRAPHS:
+        states = None
+        if mode == "lagging":
+            model = LaggingModel(model, cache)
+            states = States(cache, model)
+        runner = graph_runner(model, cache, vocab_size, states=states)
         runner.start()
         while runner.prepare_more():
             pass
@@ -187,7 +244,8 @@ def make_runner(mode: str, model: Model, cache: MambaCache, vocab_size: int) -> 
     return (Runner if mode == "synchronous" else OverlappedRunner)(model, cache, vocab_size)
 
 
-MODES = ("synchronous", "overlapped", "graphs")
+WITH_GRAPHS = ("graphs", "lagging")
+MODES = ("synchronous", "overlapped", *WITH_GRAPHS)
 
 
 def make_engine(

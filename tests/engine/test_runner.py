@@ -12,7 +12,7 @@ from app.engine import runner as runner_module
 from app.engine.engine import Engine
 from app.engine.request import GenerationRequest
 from mamba_core import FalconMambaConfig, FalconMambaForCausalLM, MambaCache, MambaConfig, MambaForCausalLM
-from tests.engine.fakes import CHUNK_SHAPES, MODES, Transcript, make_request, make_runner, run
+from tests.engine.fakes import CHUNK_SHAPES, MODES, WITH_GRAPHS, Transcript, make_request, make_runner, run
 
 VOCAB_SIZE = 97
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
@@ -194,7 +194,7 @@ def test_the_last_token_of_a_prompt_goes_along_with_its_chunk(
     engine = make_engine()
     del sizes[:]
     run(engine, make_request("a", prompt(length), 3))
-    if mode == "graphs" and length > 1:
+    if mode in WITH_GRAPHS and length > 1:
         passes = [next(shape.num_tokens for shape in CHUNK_SHAPES if shape.num_tokens >= length), *passes[1:]]
     assert sizes == passes
 
@@ -206,7 +206,7 @@ def test_a_last_token_for_which_a_graph_has_no_room_is_left_to_decode(
     engine = make_engine(prefill_budget=512)
     del sizes[:]
     alone = run(engine, make_request("a", prompt(129), 3))
-    assert sizes == ([128, 1, 1, 1] if mode == "graphs" else [129, 1, 1])
+    assert sizes == ([128, 1, 1, 1] if mode in WITH_GRAPHS else [129, 1, 1])
     assert alone.tokens == run(make_engine(prefill_budget=17), make_request("a", prompt(129), 3)).tokens
 
 
@@ -220,7 +220,7 @@ def test_beside_rows_that_run_a_last_token_is_left_to_decode(
     sizes = watch_forwards(model, monkeypatch)
     engine.submit(make_request("b", prompt(32, 1), 2))
     engine.step()
-    assert sizes == [32 if mode == "graphs" else 31, 2]
+    assert sizes == [32 if mode in WITH_GRAPHS else 31, 2]
 
 
 def test_a_burst_starts_as_its_prompts_do_alone(make_engine: EngineMaker) -> None:

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mamba_core.ops.lag import Lag
 from mamba_core.ops.triton.conv import convolve_step
 from mamba_core.ops.triton.layout import is_tap_major
 from mamba_core.ops.triton.norm import rms_norm, rms_norm_residual
@@ -194,8 +195,12 @@ def advance(
     D: Tensor,
     ssm_state: Tensor,
     inner_eps: float | None,
+    lag: Lag | None = None,
 ) -> Tensor:
-    """dt_proj, the recurrence and the gate: y [B, D] from xz [B, 2 D] and low [B, R + 2 N]."""
+    """dt_proj, the recurrence and the gate: y [B, D] from xz [B, 2 D] and low [B, R + 2 N].
+
+    With ``lag``, of the layer and for more than SOME_ROWS rows, states that lack a token get both, and others none.
+    """
     rows, (dim, rank), states = step.num_rows, (dt_weight.shape[0], dt_weight.shape[1]), A.shape[1]
     y = torch.empty((rows, dim), dtype=xz.dtype, device=xz.device)
     shape = {
@@ -205,6 +210,7 @@ def advance(
         **_launch(xz.device),
     }
     eps = inner_eps or 0.0
+    assert lag is None or rows > SOME_ROWS, "delta must be given before its bias"
     own_delta = rows <= VERY_FEW_ROWS
     if own_delta:
         delta = low
@@ -227,7 +233,8 @@ def advance(
             num_warps=4,
             **shape,
         )
-    block = 32 if own_delta else 128
+    is_many = rows > SOME_ROWS
+    block = 32 if own_delta else 64 if is_many else 128
     advance_kernel[(triton.cdiv(dim, block), rows)](
         xz,
         low,
@@ -239,15 +246,19 @@ def advance(
         y,
         ssm_state,
         step.slots,
+        *((step.slots, y, y) if lag is None else (lag.phases, lag.inputs, lag.b)),
         dim,
         ssm_state.stride(0),
         eps,
         N=states,
         BLOCK_N=triton.next_power_of_2(states),
         OWN_DELTA=own_delta,
-        RAW_DELTA=rows > SOME_ROWS,
+        RAW_DELTA=is_many,
+        LAGS=lag is not None,
         BLOCK_D=block,
-        num_warps=8 if own_delta and dim >= 4096 else 4,
+        # as few registers as it can do with: more programs at once
+        **({} if lag is None else {"maxnreg": 80}),
+        num_warps=2 if is_many else 8 if own_delta and dim >= 4096 else 4,
         **shape,
     )
     return y

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from mamba_core.ops.triton.math import LOG2_E, sigmoid, softplus
 from mamba_core.ops.triton.step_kernels import await_inputs
+from mamba_core.ops.triton.step_lag_kernels import catch_up, is_left_behind, keep_token, move, recall_token
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])
@@ -60,6 +61,9 @@ def advance_kernel(
     y_ptr,
     state_ptr,
     slots_ptr,
+    phases_ptr,
+    kept_ptr,
+    kept_b_ptr,
     dim,
     state_stride,
     eps,
@@ -70,13 +74,15 @@ def advance_kernel(
     NORM: tl.constexpr,
     OWN_DELTA: tl.constexpr,
     RAW_DELTA: tl.constexpr,
+    LAGS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """BLOCK_D channels of one row.
 
     With OWN_DELTA dt_proj and softplus as well; else delta [B, D] is given, with RAW_DELTA before its bias and
-    softplus.
+    softplus. With LAGS, and then RAW_DELTA, of some rows the token is kept and their states are not written, see
+    ``step_lag_kernels``.
     """
     row = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -94,7 +100,14 @@ def advance_kernel(
     a = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2_E
     skip = tl.load(d_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
     home = state_ptr + slot * state_stride + tile
-    h = tl.load(home, mask=mask, other=0.0).to(tl.float32)
+    # the states of many rows only pass through the cache, and would drive out what is read again
+    policy: tl.constexpr = "evict_first" if RAW_DELTA else ""
+    h = tl.load(home, mask=mask, other=0.0, eviction_policy=policy).to(tl.float32)
+    if LAGS:
+        phase = tl.load(phases_ptr + slot)
+        kept = kept_ptr + slot * 2 * dim
+        kept_b = kept_b_ptr + slot * N
+        token = recall_token(kept, kept_b, phase, d, n, dim, N)
     await_inputs(PDL)
     x = tl.load(xz_ptr + row * 2 * dim + d, mask=mask_d, other=0.0).to(tl.float32)
     z = tl.load(xz_ptr + row * 2 * dim + dim + d, mask=mask_d, other=0.0).to(tl.float32)
@@ -110,13 +123,20 @@ def advance_kernel(
             low = low / tl.sqrt(tl.sum(low * low, axis=0) / R + eps)
         delta = softplus(tl.sum(w.to(tl.float32) * low[None, :], axis=1) + bias)
     else:
-        delta = tl.load(delta_ptr + row * dim + d, mask=mask_d, other=0.0).to(tl.float32)
+        raw = tl.load(delta_ptr + row * dim + d, mask=mask_d, other=0.0)
+        delta = raw.to(tl.float32)
         if RAW_DELTA:
             delta = softplus(delta + bias)
-    h = tl.exp2(delta[:, None] * a) * h + (delta * x)[:, None] * b[None, :]
+    if LAGS:
+        h = catch_up(h, a, bias, token, phase)
+    h = move(h, a, delta, x, b)
     y = tl.sum(h * c[None, :], axis=1) + skip * x
     y = y * (z * sigmoid(z))
     # every thread has read what was there, also one that holds an element beside others
     tl.debug_barrier()
-    tl.store(home, h.to(state_ptr.dtype.element_ty), mask=mask)
+    if LAGS:
+        lags = is_left_behind(phase, slot)
+        keep_token(kept, kept_b, lags, x, raw, b, d, n, dim, N)
+        mask = mask & (d < tl.where(lags, 0, dim))[:, None]
+    tl.store(home, h.to(state_ptr.dtype.element_ty), mask=mask, eviction_policy=policy)
     tl.store(y_ptr + row * dim + d, y.to(y_ptr.dtype.element_ty), mask=mask_d)
