@@ -18,6 +18,7 @@ NO_CONV = {"K": 0, "TAP_MAJOR": False, "HAS_CONV_BIAS": False}
 LATE = {"EARLY": False, "TAP_MAJOR": False}
 SHARED = {"SHARE": 640, "SHARES": 8}
 LOW = {"R": 160, "BLOCK_R": 256, "NORM": True}
+MANY = {"R": 160, "BLOCK_R": 64, "NORM": True, "RAW": True, "BLOCK_B": 128, "BLOCK_D": 128}
 STATES = {"N": 16, "BLOCK_N": 16, "BLOCK_D": 32}
 
 # kernel and constants; all with PDL, which has instructions of its own
@@ -38,7 +39,9 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("product_out_kernel", TILE | SHARED | {"HAS_BIAS": False}),
     ("gather_kernel", {"SHARES": 8, "HAS_BIAS": False, "BLOCK_H": 4096}),
     ("finish_kernel", {"PARTS": 640, "BLOCK_P": 1024, "BLOCK_H": 4096}),
-    ("delta_kernel", LOW | {"WIDTH": 192, "BLOCK_B": 16, "BLOCK_D": 64}),
+    ("sum_kernel", {"SHARES": 10, "BLOCK": 128}),
+    ("delta_kernel", LOW | {"WIDTH": 192, "RAW": False, "BLOCK_B": 16, "BLOCK_D": 64}),
+    ("delta_kernel", MANY | {"WIDTH": 192}),
     ("advance_kernel", LOW | STATES | {"OWN_DELTA": True, "RAW_DELTA": False, "LAGS": False}),
     ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True, "LAGS": False}),
     ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True, "LAGS": True}),

@@ -15,7 +15,7 @@ from torch import Tensor
 from mamba_core.ops.lag import Lag
 from mamba_core.ops.triton.conv import convolve_step
 from mamba_core.ops.triton.layout import is_tap_major
-from mamba_core.ops.triton.norm import rms_norm, rms_norm_residual
+from mamba_core.ops.triton.norm import rms_norm_residual
 from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_kernels import embed_kernel, finish_kernel
 from mamba_core.ops.triton.step_matvec_kernels import matvec_in_kernel, matvec_out_kernel
@@ -24,6 +24,7 @@ from mamba_core.ops.triton.step_product_kernels import (
     product_in_kernel,
     product_out_kernel,
     product_shared_kernel,
+    sum_kernel,
 )
 from mamba_core.ops.triton.step_state_kernels import advance_kernel, delta_kernel
 from mamba_core.ops.triton.step_tiles import (
@@ -32,6 +33,7 @@ from mamba_core.ops.triton.step_tiles import (
     VERY_FEW_ROWS,
     Tile,
     rows_one_by_one,
+    tile_delta,
     tile_in,
     tile_low,
     tile_out,
@@ -174,10 +176,12 @@ def project_in(
 
 
 def project_low(step: Step, xz: Tensor, matrix: Matrix) -> Tensor:
-    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 for few rows; matrix [R + 2 N, D]."""
+    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 up to SOME_ROWS; matrix [R + 2 N, D]."""
     rows, (width, dim) = step.num_rows, matrix.shape
     if rows > SOME_ROWS:
-        return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
+        if matrix.scales is not None:
+            return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
+        return _sum(_share_out(step, xz, matrix, tile_low(matrix, rows), None), xz.dtype)
     if rows <= rows_one_by_one(matrix):
         return _multiply_rows(xz, matrix, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
     y = torch.empty((rows, width), dtype=torch.float32, device=matrix.device)
@@ -203,23 +207,15 @@ def advance(
     """
     rows, (dim, rank), states = step.num_rows, (dt_weight.shape[0], dt_weight.shape[1]), A.shape[1]
     y = torch.empty((rows, dim), dtype=xz.dtype, device=xz.device)
-    shape = {
-        "R": rank,
-        "BLOCK_R": max(16, triton.next_power_of_2(rank)),
-        "NORM": inner_eps is not None,
-        **_launch(xz.device),
-    }
     eps = inner_eps or 0.0
     assert lag is None or rows > SOME_ROWS, "delta must be given before its bias"
-    own_delta = rows <= VERY_FEW_ROWS
-    if own_delta:
-        delta = low
-    elif rows > SOME_ROWS:
-        dt = low[:, :rank] if inner_eps is None else rms_norm(low[:, :rank], None, inner_eps)
-        delta = torch.mm(dt, dt_weight.T)
-    else:
-        delta = torch.empty((rows, dim), dtype=torch.float32, device=xz.device)
-        delta_kernel[(triton.cdiv(dim, 64), triton.cdiv(rows, 16))](
+    own_delta, is_many = rows <= VERY_FEW_ROWS, rows > SOME_ROWS
+    shape = {"R": rank, "NORM": inner_eps is not None, **_launch(xz.device)}
+    delta = low
+    if not own_delta:
+        delta = torch.empty((rows, dim), dtype=xz.dtype if is_many else torch.float32, device=xz.device)
+        tile = tile_delta(rank, rows)
+        delta_kernel[(triton.cdiv(dim, tile.outputs), triton.cdiv(rows, tile.rows))](
             low,
             dt_weight,
             dt_bias,
@@ -228,12 +224,13 @@ def advance(
             dim,
             eps,
             WIDTH=low.shape[1],
-            BLOCK_B=16,
-            BLOCK_D=64,
-            num_warps=4,
+            RAW=is_many,
+            BLOCK_R=tile.inputs,
+            BLOCK_B=tile.rows,
+            BLOCK_D=tile.outputs,
+            num_warps=8 if tile.rows * tile.outputs > 64 * 128 else 4,
             **shape,
         )
-    is_many = rows > SOME_ROWS
     block = 32 if own_delta else 64 if is_many else 128
     advance_kernel[(triton.cdiv(dim, block), rows)](
         xz,
@@ -255,6 +252,7 @@ def advance(
         OWN_DELTA=own_delta,
         RAW_DELTA=is_many,
         LAGS=lag is not None,
+        BLOCK_R=max(16, triton.next_power_of_2(rank)),
         BLOCK_D=block,
         # as few registers as it can do with: more programs at once
         **({} if lag is None else {"maxnreg": 80}),
@@ -464,6 +462,15 @@ def _share_out(step: Step, x: Tensor, matrix: Matrix, tile: Tile, total: Tensor 
         **_launch(matrix.device),
     )
     return share
+
+
+def _sum(shares: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of shares [shares, B, out] fp32."""
+    y = torch.empty(shares.shape[1:], dtype=dtype, device=shares.device)
+    sum_kernel[(triton.cdiv(y.numel(), 128),)](
+        shares, y, y.numel(), SHARES=shares.shape[0], BLOCK=128, num_warps=4, **_launch(y.device)
+    )
+    return y
 
 
 def _shares(tile: Tile, rows: int, width: int, size: int, device: torch.device) -> tuple[tuple[int, int, int], Tensor]:

@@ -227,6 +227,18 @@ def product_shared_kernel(
         tl.store(share_ptr + part * size + at, acc, mask=mask)
 
 
+@triton.jit(do_not_specialize=["size"])
+def sum_kernel(share_ptr, y_ptr, size, SHARES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """y [size], the sum of what ``product_shared_kernel`` leaves, share [SHARES, size] fp32."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    await_inputs(PDL)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for share in tl.static_range(SHARES):
+        total += tl.load(share_ptr + share * size.to(tl.int64) + at, mask=mask, other=0.0)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def product_out_kernel(
     x_ptr,

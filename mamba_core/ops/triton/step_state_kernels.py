@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mamba_core.ops.triton.math import LOG2_E, sigmoid, softplus
 from mamba_core.ops.triton.step_kernels import await_inputs
@@ -27,26 +28,50 @@ def delta_kernel(
     BLOCK_R: tl.constexpr,
     WIDTH: tl.constexpr,
     NORM: tl.constexpr,
+    RAW: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """delta = softplus(dt_proj + bias) [B, D] fp32 of the first R columns of low [B, WIDTH] fp32, normed if NORM."""
+    """delta [B, D] of the first R columns of low [B, WIDTH], normed if NORM: softplus(dt_proj + bias).
+
+    With RAW, for many rows, without bias and softplus. Then the next kernel starts last: it has more programs than
+    there is room for, and those that wait take it from others.
+    """
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
     mask_b = b < num_rows
     mask_d = d < dim
-    mask_r = r < R
-    w = tl.load(w_ptr + d[:, None] * R + r[None, :], mask=mask_d[:, None] & mask_r[None, :], other=0.0)
-    bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
-    await_inputs(PDL)
-    low = tl.load(low_ptr + b[:, None] * WIDTH + r[None, :], mask=mask_b[:, None] & mask_r[None, :], other=0.0)
+    weights = ()
+    for begin in tl.static_range(0, R, BLOCK_R):
+        mask = mask_d[:, None] & (begin + r < R)[None, :]
+        weights += (tl.load(w_ptr + d[:, None] * R + begin + r[None, :], mask=mask, other=0.0),)
+    if RAW:
+        if PDL:
+            gdc_wait()
+    else:
+        bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
+        await_inputs(PDL)
+    inputs = ()
+    for begin in tl.static_range(0, R, BLOCK_R):
+        mask = mask_b[:, None] & (begin + r < R)[None, :]
+        inputs += (tl.load(low_ptr + b[:, None] * WIDTH + begin + r[None, :], mask=mask, other=0.0),)
+    delta = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_B], dtype=tl.float32)
+    for i in tl.static_range(len(inputs)):
+        delta = tl.dot(inputs[i].to(w_ptr.dtype.element_ty), tl.trans(weights[i]), delta)
+        if NORM:
+            v = inputs[i].to(tl.float32)
+            squares += tl.sum(v * v, axis=1)
     if NORM:
-        low = low / tl.sqrt(tl.sum(low * low, axis=1) / R + eps)[:, None]
-    delta = softplus(tl.dot(low.to(w.dtype), tl.trans(w)) + bias[None, :])
+        delta = delta / tl.sqrt(squares / R + eps)[:, None]
+    if not RAW:
+        delta = softplus(delta + bias[None, :])
     at = b.to(tl.int64)[:, None] * dim + d[None, :]
-    tl.store(delta_ptr + at, delta, mask=mask_b[:, None] & mask_d[None, :])
+    tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=mask_b[:, None] & mask_d[None, :])
+    if RAW and PDL:
+        gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["eps"])

@@ -47,10 +47,21 @@ def tile_in(matrix: Matrix, rows: int) -> Tile:
 
 
 def tile_low(matrix: Matrix, rows: int) -> Tile:
+    """For more rows than SOME_ROWS without the sum of the shares."""
     dim = matrix.shape[1]
+    if rows > SOME_ROWS:
+        return Tile(32, 64, _share(dim, 10), 128, 4)
     if rows > FEW_ROWS:
         return Tile(16, 64, _share(dim, 16), 128, 4)
     return _tile_shared(rows, dim, 16, 8) if matrix.scales is None else Tile(16, 16, _share(dim, 16), 128, 4)
+
+
+def tile_delta(rank: int, rows: int) -> Tile:
+    """dt_proj, whose inputs are few: all of them belong to a program, which for many rows takes 64 at a time."""
+    whole = max(16, triton.next_power_of_2(rank))
+    if rows <= SOME_ROWS:
+        return Tile(16, 64, whole, whole, 1)
+    return Tile(128, 128, whole, min(whole, 64), 1)
 
 
 def tile_out(matrix: Matrix, rows: int) -> Tile:
