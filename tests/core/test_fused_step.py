@@ -49,7 +49,7 @@ ODD = {"hidden_size": 96, "state_size": 5, "time_step_rank": 7, "conv_kernel": 3
         ("mamba", ODD, True),
     ],
 )
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 17, 33, 65])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 17, 33, 65, 129])
 @torch.inference_mode()
 def test_fused_step_equals_the_layers(
     tiny_model: MakeModel,

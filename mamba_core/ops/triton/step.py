@@ -32,6 +32,7 @@ from mamba_core.ops.triton.step_tiles import (
     SOME_ROWS,
     VERY_FEW_ROWS,
     Tile,
+    rows_of_own,
     rows_one_by_one,
     tile_delta,
     tile_in,
@@ -109,7 +110,7 @@ def project_in(
     rows, (width, size) = step.num_rows, matrix.shape
     dim, taps_width = taps.shape
     y = torch.empty((rows, width), dtype=x.values.dtype, device=matrix.device)
-    if rows > SOME_ROWS:
+    if rows > rows_of_own(matrix, size):
         torch.mm(x.values, matrix.transposed(y.dtype), out=y)
         if bias is not None:
             y += bias
@@ -270,7 +271,7 @@ def project_out(
     """
     rows, (width, dim) = step.num_rows, matrix.shape
     values = torch.empty((rows, width), dtype=y.dtype, device=matrix.device)
-    if rows > SOME_ROWS:
+    if rows > rows_of_own(matrix, width):
         product = torch.mm(y, matrix.transposed(y.dtype), out=values)
         if bias is not None:
             product += bias

@@ -17,6 +17,9 @@ VERY_FEW_ROWS = 2
 FEW_ROWS = 32
 # rows up to which our own products stream the weights faster than the library's do
 SOME_ROWS = 64
+# the same for the two large products of layers up to so wide
+NARROW_ROWS = 128
+NARROW = 768
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,11 @@ class Tile:
 def rows_one_by_one(matrix: Matrix) -> int:
     """Rows up to which a product multiplies row by row; to widen int8 for each of them is dear."""
     return VERY_FEW_ROWS if matrix.scales is None else 1
+
+
+def rows_of_own(matrix: Matrix, width: int) -> int:
+    """Rows up to which our own kernels make the two large products of layers so wide faster than the library's do."""
+    return NARROW_ROWS if width <= NARROW and matrix.scales is None else SOME_ROWS
 
 
 def tile_in(matrix: Matrix, rows: int) -> Tile:
