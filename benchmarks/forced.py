@@ -25,7 +25,7 @@ from app.engine import forced
 from app.engine.config import EngineConfig
 from app.engine.engine import Engine
 from app.engine.loading import Placement, build_engine
-from app.engine.matchers import Compiler
+from app.engine.matchers import Compiler, Matcher
 from app.engine.request import GenerationRequest, Grammar, SamplingParams, TokenEvent
 from benchmarks.grammars import record
 from benchmarks.in_process import Subject, add_arguments, greedy_request, load_subject, numbers, print_line
@@ -87,15 +87,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_engine(subject: Subject, tokenizer: Path, num_slots: int) -> Engine:
+class Watched:
+    """A compiler that tells how many grammars it has compiled."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+        self.num_compiled = 0
+
+    def compile(self, grammar: Grammar) -> Matcher:
+        try:
+            return self._compiler.compile(grammar)
+        finally:
+            self.num_compiled += 1
+
+    def load(self) -> object:
+        return self._compiler.load()
+
+
+def make_engine(subject: Subject, tokenizer: Path, num_slots: int) -> tuple[Engine, Watched]:
     """An engine as the server builds it, warmed up, with grammars."""
     config = EngineConfig(subject.name, max_num_seqs=num_slots)
     placement = Placement(subject.device, subject.dtype, subject.state_dtype)
-    compiler = Compiler(tokenizer, subject.config.vocab_size, (0,))
+    compiler = Watched(Compiler(tokenizer, subject.config.vocab_size, (0,)))
     engine = build_engine(subject.model, config, placement, compiler)[0]
     while engine.prepare_more():
         pass
-    return engine
+    return engine, compiler
 
 
 @contextmanager
@@ -105,22 +122,30 @@ def one_by_one(device: str) -> Iterator[None]:
         yield
 
 
-def submit(engine: Engine, grammar: Grammar, num_rows: int, options: argparse.Namespace, vocab_size: int) -> None:
+def submit(
+    engine: Engine, compiler: Watched, grammar: Grammar, num_rows: int, options: argparse.Namespace, vocab_size: int
+) -> None:
+    """Queue a crowd, and wait until all its grammars are compiled."""
+    before = compiler.num_compiled
     for row in range(num_rows):
         prompt = greedy_request(f"prompt {row}", options.prompt, 1, vocab_size).prompt_token_ids
         sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=row, grammar=grammar)
         engine.submit(GenerationRequest(str(row), prompt, sampling, MAX_TOKENS, (0,)))
-    while engine.is_compiling and not engine.has_work:
+    while compiler.num_compiled < before + num_rows:
         time.sleep(1e-4)
+    # the engine hears of the last one a moment later
+    time.sleep(1e-3)
 
 
-def run(engine: Engine, grammar: Grammar, num_rows: int, options: argparse.Namespace, vocab_size: int) -> Outcome:
+def run(
+    engine: Engine, compiler: Watched, grammar: Grammar, num_rows: int, options: argparse.Namespace, vocab_size: int
+) -> Outcome:
     """One crowd, from the first step to its last end."""
     for row in range(options.beside):
         engine.submit(greedy_request(f"plain {row}", options.prompt, 100_000, vocab_size))
     while engine.stats.num_running < options.beside or engine.stats.last_step_prefill_tokens:
         engine.step()
-    submit(engine, grammar, num_rows, options, vocab_size)
+    submit(engine, compiler, grammar, num_rows, options, vocab_size)
     outcome = Outcome({}, {}, [])
     start = before = time.perf_counter()
     while len(outcome.latencies) < num_rows:
@@ -156,16 +181,21 @@ def tell(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def compare(
-    subject: Subject, engine: Engine, grammar: Grammar, num_rows: int, options: argparse.Namespace
+    subject: Subject,
+    engine: Engine,
+    compiler: Watched,
+    grammar: Grammar,
+    num_rows: int,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """One case, both ways in turn."""
     vocab_size, device = subject.config.vocab_size, subject.device.type
     at_once, drawn = [], []
-    run(engine, grammar, num_rows, options, vocab_size)
+    run(engine, compiler, grammar, num_rows, options, vocab_size)
     for _ in range(options.rounds):
-        at_once.append(run(engine, grammar, num_rows, options, vocab_size))
+        at_once.append(run(engine, compiler, grammar, num_rows, options, vocab_size))
         with one_by_one(device):
-            drawn.append(run(engine, grammar, num_rows, options, vocab_size))
+            drawn.append(run(engine, compiler, grammar, num_rows, options, vocab_size))
     num_equal = sum(at_once[0].tokens[row] == drawn[0].tokens[row] for row in drawn[0].tokens)
     tokens = sum(map(len, drawn[0].tokens.values()))
     return {
@@ -182,10 +212,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     subject = load_subject(options)
     tokenizer = options.tokenizer or checkpoints.resolve(options.model)
-    engine = make_engine(subject, tokenizer, max(options.rows) + options.beside)
+    engine, compiler = make_engine(subject, tokenizer, max(options.rows) + options.beside)
     for name in options.case or CASES:
         for num_rows in options.rows:
-            outcome = compare(subject, engine, CASES[name], num_rows, options)
+            outcome = compare(subject, engine, compiler, CASES[name], num_rows, options)
             print_line({"benchmark": "forced", **subject.describe(), "case": name, **outcome})
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from app.engine.compiling import GrammarCompiler
 from app.engine.config import EngineConfig
 from app.engine.cores import usable_cores
 from app.engine.engine import Engine
@@ -91,7 +92,7 @@ def load_engine(config: EngineConfig, report_checked: Callable[[str], None]) -> 
 
 
 def build_engine(
-    model: MambaForCausalLM, config: EngineConfig, placement: Placement, grammars: Compiler | None = None
+    model: MambaForCausalLM, config: EngineConfig, placement: Placement, grammars: GrammarCompiler | None = None
 ) -> tuple[Engine, ModelInfo]:
     """An engine around a model that is loaded. Raises MemoryTooSmall."""
     device, dtype, state_dtype = placement.device, placement.dtype, placement.state_dtype

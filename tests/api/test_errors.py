@@ -199,9 +199,11 @@ async def test_what_is_wrong_below_the_application(serve: Serve, data: bytes, ex
 @pytest.mark.anyio
 async def test_two_hundred_dribbling_clients_disturb_nobody(serve: Serve) -> None:
     async with serve(header_timeout=0.5, body_timeout=0.5) as server:
-        clients = [await server.connect() for _ in range(200)]
-        for number, (_, writer) in enumerate(clients):
-            writer.write(b"POST /v1/comp" if number % 2 else post(b'{"prom', length=50))
+        clients = []
+        for number in range(200):
+            # at once: a connection that has sent nothing for so long is closed without an answer
+            clients.append(await server.connect())
+            clients[-1][1].write(b"POST /v1/comp" if number % 2 else post(b'{"prom', length=50))
         for _ in range(10):
             async with asyncio.timeout(1):
                 assert (await server.complete(max_tokens=3)).status_code == 200
