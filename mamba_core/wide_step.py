@@ -12,7 +12,7 @@ from mamba_core import single_step
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import persistent_narrow, persistent_rows, persistent_wide
-from mamba_core.ops.triton.persistent_wide import MAX_ROWS
+from mamba_core.ops.triton.persistent_many import MAX_ROWS
 
 # fewer are faster in other ways, for layers of at least _WIDE and for narrower ones
 LEAST_ROWS = 17

@@ -8,7 +8,8 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-from mamba_core.ops.triton.persistent_narrow import WARPS, launch_constants
+from mamba_core.ops.triton.persistent_many import WARPS
+from mamba_core.ops.triton.persistent_narrow import launch_constants
 from mamba_core.ops.triton.persistent_narrow_kernel import persistent_narrow_kernel
 from tests.compiling import compiled_for_hopper, print_records, source_of
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mamba_core import MambaCache, few_rows_step, fused_step, single_step, wide_step
 from mamba_core.ops.triton import persistent_narrow
-from mamba_core.ops.triton.persistent_narrow import MAX_ROWS, fits, launch_constants, programs
+from mamba_core.ops.triton.persistent_many import MAX_ROWS
+from mamba_core.ops.triton.persistent_narrow import fits, launch_constants, programs
 from mamba_core.ops.triton.step import MAX_TILES
 from tests.compiling import records_of
 from tests.core.test_persistent_step import MakeModel, launch_on_a_cpu

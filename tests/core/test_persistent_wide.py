@@ -12,7 +12,8 @@ from torch import Tensor
 from mamba_core import MambaCache, few_rows_step, fused_step, single_step, wide_step
 from mamba_core.ops import Packing
 from mamba_core.ops.triton import persistent_wide, step
-from mamba_core.ops.triton.persistent_wide import MAX_ROWS, PROGRAMS, fits, launch_constants
+from mamba_core.ops.triton.persistent_many import MAX_ROWS
+from mamba_core.ops.triton.persistent_wide import PROGRAMS, fits, launch_constants
 from mamba_core.ops.triton.step import MAX_TILES
 from mamba_core.wide_step import LEAST_ROWS
 from tests.compiling import records_of

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from functools import partial
 
+from mamba_core.ops.triton import persistent_many
+from mamba_core.ops.triton.persistent_many import COPIERS, DEEP, MAX_ROWS, STATES, WARPS, Plan
 from mamba_core.ops.triton.persistent_narrow_kernel import persistent_narrow_kernel
-from mamba_core.ops.triton.persistent_step import Weights, launch_basics
 
-# a product's operand is so high
-MAX_ROWS = 64
-# the programs of a group share its outputs; those of a program; columns of a tile, and of what its warps take at a time
+# programs of a group, which share its outputs; those of a program; columns that its warps take at a time
 _SPLITS = 4
 _OUTPUTS = 32
-_DEEP = 64
 _WIDE = 512
-# the states that a program moves on, 16 bytes to a thread and 4 threads to a channel
-_STATES = 16
-# warps of the step itself, warps that copy weights, and as many that copy inputs
-WARPS = 8
-_COPIERS = 2
 # shared memory of a multiprocessor, less what the barriers and the compiler need
 _SHARED_BYTES = 227 * 1024 - 2048
 
@@ -30,8 +22,8 @@ def fits(width: int, rank: int, states: int) -> bool:
     return (
         width % (_WIDE // 2) == 0
         and rank % 16 == 0
-        and rank <= _DEEP
-        and states == _STATES
+        and rank <= DEEP
+        and states == STATES
         and low_programs <= programs(width)
         and width // _OUTPUTS <= 32
         and _stages(width) > 1
@@ -43,55 +35,14 @@ def programs(width: int) -> int:
     return _SPLITS * (width // _OUTPUTS)
 
 
-def step(
-    weights: Weights,
-    tokens: Tensor,
-    embeddings: Tensor,
-    gain: Tensor,
-    slots: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    counters: Tensor,
-    eps: float,
-    inner_eps: float | None,
-) -> tuple[Tensor, Tensor]:
-    """tokens, slots [B] -> the last residuals times their norm's weight [B, H], and their squares in [shares, B].
+def plan(rows: int, sizes: tuple[int, int, int, int]) -> Plan:
+    """How so many rows are launched, for layers of such sizes."""
+    width, rank, _, taps = sizes
+    constants = launch_constants(rows, width, rank, taps)
+    return Plan(persistent_narrow_kernel, programs(width), width // _OUTPUTS, constants)
 
-    embeddings [V, H]; gain [H] of the first norm; conv_state [layers, S, D, K-1], ssm_state [layers, S, D, N];
-    counters int32, of which the first is used, zero before and after. B is at most MAX_ROWS; there is no inner norm.
-    """
-    assert inner_eps is None
-    layer, device, rows = weights.layers[0], embeddings.device, len(tokens)
-    width, rank, states, taps = layer.sizes()
-    low_width = rank + 2 * states
 
-    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    gained, squares = room(rows, width, dtype=torch.bfloat16), room(width // _OUTPUTS, MAX_ROWS)
-    persistent_narrow_kernel[(programs(width),)](
-        weights.table,
-        tokens,
-        embeddings,
-        gain,
-        slots,
-        conv_state,
-        ssm_state,
-        room(MAX_ROWS, low_width),
-        room(MAX_ROWS, low_width, dtype=torch.bfloat16),
-        room(rows, 2 * width, dtype=torch.bfloat16),
-        gained,
-        squares,
-        counters,
-        rows,
-        len(weights.layers),
-        *conv_state.stride()[:2],
-        *ssm_state.stride()[:2],
-        eps,
-        **launch_constants(rows, width, rank, taps),
-        **launch_basics(layer, conv_state, WARPS),
-    )
-    return gained, squares if rows == MAX_ROWS else squares[:, :rows].contiguous()
+step = partial(persistent_many.step, plan)
 
 
 def launch_constants(rows: int, width: int, rank: int, taps: int) -> dict[str, int]:
@@ -102,13 +53,13 @@ def launch_constants(rows: int, width: int, rank: int, taps: int) -> dict[str, i
         "H": width,
         "D": 2 * width,
         "R": rank,
-        "N": _STATES,
+        "N": STATES,
         "K": taps,
         "A": _OUTPUTS,
         "SPACE": space,
         "STAGES": stages,
         "FREED": stages // 2,
-        "COPIERS": _COPIERS,
+        "COPIERS": COPIERS,
         "AHEAD": 3,
         "MIDDLE": space // 16,
     }
@@ -117,6 +68,6 @@ def launch_constants(rows: int, width: int, rank: int, taps: int) -> dict[str, i
 def _stages(width: int) -> int:
     """How many tiles the rings hold, which turn a whole number of times: as many as there is room for."""
     outs = _OUTPUTS * 2 * width * 2
-    kept = MAX_ROWS * (_OUTPUTS * (4 + 1 + 2 + 2 + 1) + 2 * _STATES * 4) + WARPS * _OUTPUTS * (MAX_ROWS // _SPLITS) * 4
-    most = (_SHARED_BYTES - outs - kept) // ((MAX_ROWS + _OUTPUTS) * _DEEP * 2)
-    return max((i for i in range(1, most + 1) if width // _DEEP % i == 0), default=0)
+    kept = MAX_ROWS * (_OUTPUTS * (4 + 1 + 2 + 2 + 1) + 2 * STATES * 4) + WARPS * _OUTPUTS * (MAX_ROWS // _SPLITS) * 4
+    most = (_SHARED_BYTES - outs - kept) // ((MAX_ROWS + _OUTPUTS) * DEEP * 2)
+    return max((i for i in range(1, most + 1) if width // DEEP % i == 0), default=0)
