@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -62,3 +63,15 @@ def source_of(
 def compiled_for_hopper(source: ASTSource, **options: Any) -> Any:
     """The compiled kernel, with its intermediate code in ``asm``."""
     return triton.compile(source, target=TARGET, options=options)
+
+
+def persistent_facts(compiled: Any) -> dict[str, int]:
+    """What every kernel is asked that stays for a whole step: how it copies, counts itself and waits for others."""
+    assembly = compiled.asm["ptx"]
+    return {
+        "shared_bytes": compiled.metadata.shared,
+        "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", assembly)),
+        "narrow_copies": assembly.count("cp.async.ca"),
+        "counts": assembly.count("red.release.gpu"),
+        "waits": assembly.count("ld.acquire.gpu"),
+    }

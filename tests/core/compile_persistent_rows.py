@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from mamba_core.ops.triton.persistent_rows import launch_constants
 from mamba_core.ops.triton.persistent_rows_kernel import persistent_rows_kernel
-from tests.compiling import compiled_for_hopper, print_records, source_of
+from tests.compiling import compiled_for_hopper, persistent_facts, print_records, source_of
 
 PROGRAMS = 132
 # one of everything that published models have not
@@ -53,14 +53,10 @@ def compile_all() -> Iterator[dict[str, Any]]:
         yield {
             "rows": rows,
             "width": width,
-            "shared_bytes": compiled.metadata.shared,
-            "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", assembly)),
-            "narrow_copies": assembly.count("cp.async.ca"),
+            **persistent_facts(compiled),
             "wide_reads": len(re.findall(r"ld\.shared\.v4", assembly)),
             "narrow_inputs": len(re.findall(r"ld\.global\.cg(?:\.b16|\.v2\.b32)", assembly)),
             "products": assembly.count("mma.sync.aligned.m16n8k16"),
-            "counts": assembly.count("red.release.gpu"),
-            "waits": assembly.count("ld.acquire.gpu"),
         }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from mamba_core.ops.triton.persistent_step import launch_constants
 from mamba_core.ops.triton.persistent_step_kernel import persistent_step_kernel
-from tests.compiling import compiled_for_hopper, print_records, source_of
+from tests.compiling import compiled_for_hopper, persistent_facts, print_records, source_of
 
 PROGRAMS = 132
 # one of everything that published models have not
@@ -48,15 +47,10 @@ def compile_all() -> Iterator[dict[str, Any]]:
         constants = launch_constants(width, rank, states, taps, PROGRAMS, weight_bytes) | USUAL | own
         source = source_of(persistent_step_kernel, constants, TYPES, unaligned=frozenset({"layers", "inner_eps"}))
         compiled = compiled_for_hopper(source, num_warps=constants["WARPS"])
-        assembly = compiled.asm["ptx"]
         yield {
             "width": width,
+            **persistent_facts(compiled),
             "weight_bytes": weight_bytes,
-            "shared_bytes": compiled.metadata.shared,
-            "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", assembly)),
-            "narrow_copies": assembly.count("cp.async.ca"),
-            "counts": assembly.count("red.release.gpu"),
-            "waits": assembly.count("ld.acquire.gpu"),
         }
 
 

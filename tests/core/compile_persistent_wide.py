@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from mamba_core.ops.triton.persistent_wide import launch_constants
 from mamba_core.ops.triton.persistent_wide_kernel import persistent_wide_kernel
-from tests.compiling import compiled_for_hopper, print_records, source_of
+from tests.compiling import compiled_for_hopper, persistent_facts, print_records, source_of
 
 # rows, H, R, K and what else a model may have: published sizes, and one of everything else
 SIZES: list[tuple[int, int, int, int, dict[str, Any]]] = [
@@ -38,14 +38,10 @@ def compile_all() -> Iterator[dict[str, Any]]:
         yield {
             "rows": rows,
             "width": width,
-            "shared_bytes": compiled.metadata.shared,
-            "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", assembly)),
-            "narrow_copies": assembly.count("cp.async.ca"),
+            **persistent_facts(compiled),
             "wide_reads": len(re.findall(r"ld\.global\.v4\.b32", assembly)),
             "wide_writes": len(re.findall(r"st\.global\.v4\.b32", assembly)),
             "products": sorted(set(re.findall(r"wgmma\.mma_async\S*\.(m64n\d+k16)", assembly))),
-            "counts": assembly.count("red.release.gpu"),
-            "waits": assembly.count("ld.acquire.gpu"),
         }
 
 
