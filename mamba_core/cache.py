@@ -124,8 +124,6 @@ class MambaCache:
             raise ValueError(f"{source.numel()} source slots for {target.numel()} destinations")
         for state in self._states():
             state.index_copy_(1, target, state.index_select(1, source))
-        if self.lag is not None:
-            self.lag.phases.index_copy_(0, target, self.lag.phases.index_select(0, source))
 
     def export(self, slot: int) -> StateSnapshot:
         """A copy of one slot that later steps do not touch. Raises ValueError if its states lack a token."""
@@ -155,8 +153,6 @@ class MambaCache:
         index = beam_idx.to(self.device)
         for state in self._states():
             state.copy_(state.index_select(1, index))
-        if self.lag is not None:
-            self.lag.phases.copy_(self.lag.phases.index_select(0, index))
 
     def reset(self) -> None:
         """Make every slot fresh."""
@@ -177,8 +173,9 @@ class MambaCache:
     reorder_cache = reorder
 
     def _states(self) -> tuple[Tensor, ...]:
-        """All that a slot holds, [layers, S, ...] each, but for whether it is behind."""
-        return (self.conv, self.ssm) if self.lag is None else (self.conv, self.ssm, self.lag.inputs, self.lag.b)
+        """All that a slot holds, as views [layers, S, ...], of which one may have but one layer."""
+        lag = self.lag
+        return (self.conv, self.ssm) if lag is None else (self.conv, self.ssm, lag.phases[None], lag.inputs, lag.b)
 
     def _index(self, slots: Slots) -> Tensor:
         if isinstance(slots, Tensor):
