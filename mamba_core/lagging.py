@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor
 
 from mamba_core.cache import MambaCache
-from mamba_core.modeling_mamba import MambaBlock, MambaModel
+from mamba_core.modeling_mamba import MambaModel
 from mamba_core.ops.triton import step_lag
 from mamba_core.ops.triton.step_tiles import SOME_ROWS
+from mamba_core.single_step import located
 
 
 def lags(cache: MambaCache, num_rows: int) -> bool:
@@ -23,7 +22,6 @@ class Settler:
     def __init__(self, model: MambaModel, cache: MambaCache) -> None:
         self._model = model
         self._cache = cache
-        self._recurrences: step_lag.Recurrences | None = None
 
     def lags(self, num_rows: int) -> bool:
         """Whether a step of so many rows leaves states behind, if it may."""
@@ -33,7 +31,4 @@ class Settler:
         """Of slots [B] int64, each once, in one launch; those that lack nothing stay as they are."""
         if self._cache.lag is None:
             return
-        mixers = [layer.mixer for layer in cast(list[MambaBlock], self._model.layers)]
-        decays, biases = [mixer.A() for mixer in mixers], [mixer.dt_proj.bias for mixer in mixers]
-        self._recurrences = step_lag.locate(decays, biases, self._recurrences)
-        step_lag.settle(self._recurrences, self._cache.ssm, self._cache.lag, slots)
+        step_lag.settle(located(self._model), self._cache.ssm, self._cache.lag, slots)

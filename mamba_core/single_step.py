@@ -45,7 +45,7 @@ def run(
     """``fused_step`` by one launch for all layers, which takes what ``persistent_step.step`` does."""
     layers = cast(list[MambaBlock], model.layers)
     gained, squares = launch(
-        _located(model),
+        located(model),
         tokens,
         model.embeddings.weight,
         layers[0].norm.weight,
@@ -59,7 +59,7 @@ def run(
     return finish(Step(slots, counters, model.norm_f.eps), Gained(gained, squares, squares.shape[0]))
 
 
-def _located(model: MambaModel) -> Weights:
+def located(model: MambaModel) -> Weights:
     """Where the model's weights are now."""
     weights = [_weights_of_layer(model, index) for index in range(len(model.layers))]
     model.located_weights = persistent_step.locate(weights, model.located_weights)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from mamba_core.ops import lag
 from mamba_core.ops.triton.math import LOG2_E, softplus
+from mamba_core.ops.triton.persistent import DECAY, DT_BIAS, FIELDS
 
 BEHIND = tl.constexpr(lag.BEHIND)
 WRITTEN = tl.constexpr(lag.WRITTEN)
@@ -84,8 +85,7 @@ def settle_kernel(
 ):
     """BLOCK_D channels of one slot in one layer.
 
-    table [layers, 2] holds the addresses of each layer's A [D, N] fp32 and of its bias of delta [D]; bias_ptr is one of
-    the latter.
+    table: of addresses, see ``persistent``; bias_ptr is one layer's bias of delta [D].
     """
     layer = tl.program_id(2).to(tl.int64)
     slot = tl.load(slots_ptr + tl.program_id(1))
@@ -96,8 +96,9 @@ def settle_kernel(
         mask_d = d < dim
         mask = mask_d[:, None] & (n < N)[None, :]
         tile = d[:, None] * N + n[None, :]
-        a_ptr = tl.load(table_ptr + 2 * layer).to(tl.pointer_type(tl.float32))
-        own_bias_ptr = tl.load(table_ptr + 2 * layer + 1).to(tl.pointer_type(bias_ptr.dtype.element_ty))
+        entry = table_ptr + layer * FIELDS
+        a_ptr = tl.load(entry + DECAY).to(tl.pointer_type(tl.float32))
+        own_bias_ptr = tl.load(entry + DT_BIAS).to(tl.pointer_type(bias_ptr.dtype.element_ty))
         a = tl.load(a_ptr + tile, mask=mask, other=0.0) * LOG2_E
         bias = tl.load(own_bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
         home = state_ptr + layer * state_layer + slot * dim * N + tile
