@@ -204,7 +204,8 @@ def advance(
 ) -> Tensor:
     """dt_proj, the recurrence and the gate: y [B, D] from xz [B, 2 D] and low [B, R + 2 N].
 
-    With ``lag``, of the layer and for more than SOME_ROWS rows, states that lack a token get both, and others none.
+    With ``lag``, of the layer and for more than SOME_ROWS rows, states are written where their phase has it, and those
+    that lack a token get both.
     """
     rows, (dim, rank), states = step.num_rows, (dt_weight.shape[0], dt_weight.shape[1]), A.shape[1]
     y = torch.empty((rows, dim), dtype=xz.dtype, device=xz.device)
