@@ -9,18 +9,11 @@ from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaModel
 from mamba_core.ops.triton import persistent_rows
 
-# less wide ones were not timed
-_LEAST_WIDTH = 768
-
 
 def is_applicable(model: MambaModel, num_rows: int) -> bool:
     """Whether ``few_rows_step`` can take the place of ``fused_step`` for so many rows, and is faster."""
     width = model.config.hidden_size
-    return (
-        1 < num_rows <= persistent_rows.max_rows(width)
-        and width >= _LEAST_WIDTH
-        and single_step.suits(model, persistent_rows.is_applicable)
-    )
+    return 1 < num_rows <= persistent_rows.max_rows(width) and single_step.suits_several(model)
 
 
 def few_rows_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
-from mamba_core.ops.triton import persistent_step
+from mamba_core.ops.triton import persistent_rows, persistent_step
 from mamba_core.ops.triton.persistent_step import LayerWeights, Weights
 from mamba_core.ops.triton.step import Gained, Step, finish
 
 # layers narrower than this take less time than their programs' waiting for each other
 _LEAST_WIDTH = 1024
+# the same for several rows: less wide ones were not timed
+_LEAST_WIDTH_OF_SEVERAL = 768
 
 
 def is_applicable(model: MambaModel) -> bool:
@@ -27,6 +29,11 @@ def suits(model: MambaModel, can_run: Callable[[LayerWeights], bool]) -> bool:
     layers = cast(list[MambaBlock], model.layers)
     # else its decays would be made anew, at another address, for every step
     return not layers[0].mixer.A_log.is_inference() and can_run(_weights_of_layer(model, 0))
+
+
+def suits_several(model: MambaModel) -> bool:
+    """The same for those that take several rows, where layers are wide enough for it to be faster."""
+    return model.config.hidden_size >= _LEAST_WIDTH_OF_SEVERAL and suits(model, persistent_rows.is_applicable)
 
 
 def single_step(model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor) -> Tensor:

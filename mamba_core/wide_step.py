@@ -11,15 +11,13 @@ from torch import Tensor
 from mamba_core import single_step
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
-from mamba_core.ops.triton import persistent_narrow, persistent_rows, persistent_wide
+from mamba_core.ops.triton import persistent_narrow, persistent_wide
 from mamba_core.ops.triton.persistent_many import MAX_ROWS
 
 # fewer are faster in other ways, for layers of at least _WIDE and for narrower ones
 LEAST_ROWS = 17
 _LEAST_ROWS_NARROW = 33
 _WIDE = 1024
-# less wide ones were not timed
-_LEAST_WIDTH = 768
 
 
 def is_applicable(model: MambaModel, num_rows: int) -> bool:
@@ -27,8 +25,7 @@ def is_applicable(model: MambaModel, num_rows: int) -> bool:
     width = model.config.hidden_size
     return (
         least_rows(width) <= num_rows <= MAX_ROWS
-        and width >= _LEAST_WIDTH
-        and single_step.suits(model, persistent_rows.is_applicable)
+        and single_step.suits_several(model)
         and _can_run(cast(list[MambaBlock], model.layers)[0])
     )
 
