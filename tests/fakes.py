@@ -86,6 +86,9 @@ class FakeEngine:
     def heartbeat_age(self) -> float:
         return 0.0
 
+    def watch_queue(self, observer: Callable[[float], None]) -> None:
+        self.on_wait = observer
+
     def submit(self, request: GenerationRequest, sinks: Sequence[SampleSink]) -> None:
         if self.status is not EngineStatus.READY:
             raise EngineUnavailable(self.status)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -14,12 +16,16 @@ class Source:
     """An engine that is loading."""
 
     status = EngineStatus.STARTING
+    on_wait: Callable[[float], None]
     stats = EngineStats(num_running=3, num_waiting=2, num_slots_used=3, num_slots=4, num_steps=7)
     num_restarts = 1
 
     @property
     def info(self) -> ModelInfo:
         raise EngineUnavailable("loading")
+
+    def watch_queue(self, observer: Callable[[float], None]) -> None:
+        self.on_wait = observer
 
     def heartbeat_age(self) -> float:
         return 0.25
@@ -46,7 +52,9 @@ def test_counts_while_the_model_loads() -> None:
 
 
 def test_observations() -> None:
-    metrics = ServerMetrics(Source(), "fox", lambda: True)
+    source = Source()
+    metrics = ServerMetrics(source, "fox", lambda: True)
+    source.on_wait(0.07)
     metrics.on_first_token(0.3)
     metrics.on_gaps(2, 0.004)
     metrics.on_finish("stop", 5, 3, 1.5)
@@ -54,6 +62,8 @@ def test_observations() -> None:
     page = values(metrics.render())
     assert page[("mamba_time_to_first_token_seconds_bucket", "0.2")] == 0
     assert page[("mamba_time_to_first_token_seconds_bucket", "0.5")] == 1
+    assert page[("mamba_request_queue_time_seconds_bucket", "0.05")] == 0
+    assert page[("mamba_request_queue_time_seconds_bucket", "0.1")] == 1
     assert page[("mamba_inter_token_latency_seconds_sum",)] == 0.008
     assert page[("mamba_inter_token_latency_seconds_count",)] == 2
     assert page[("mamba_prompt_tokens_total",)] == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -87,6 +88,7 @@ class Engine:
         self._num_decode_tokens = 0
         self._last_step_rows = 0
         self._last_step_prefill_tokens = 0
+        self._admissions: list[tuple[str, float]] = []
 
     @property
     def has_work(self) -> bool:
@@ -147,6 +149,9 @@ class Engine:
         flights = [] if self._in_flight is None else [self._in_flight]
         self._in_flight = None
         plan = self._scheduler.plan()
+        if plan.admitted:
+            now = time.monotonic()
+            self._admissions += [(request.request_id, now) for request in plan.admitted]
         plans = [earlier for earlier, _ in flights] + ([] if plan.is_empty else [plan])
         forced: Mapping[int, Forced] = {}
         try:
@@ -170,6 +175,11 @@ class Engine:
         if self._in_flight is not None:
             events += self._scheduler.force(plan, forced)
         return events
+
+    def take_admissions(self) -> list[tuple[str, float]]:
+        """The requests that have got their slots since this was last asked, and when, as ``time.monotonic`` tells."""
+        admissions, self._admissions = self._admissions, []
+        return admissions
 
     def prepare_more(self) -> bool:
         """Use a moment without work to get ready for steps to come; whether anything was left to do."""

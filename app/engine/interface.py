@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -66,6 +66,9 @@ class EngineClient(Protocol):
 
     @property
     def num_restarts(self) -> int: ...
+
+    def watch_queue(self, observer: Callable[[float], None]) -> None:
+        """Have ``observer`` told the seconds that each request was in the queue, once it has left it for a slot."""
 
     def heartbeat_age(self) -> float:
         """Seconds since the engine last showed that its loop turns."""

@@ -113,7 +113,7 @@ class StepReport(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The events of one step: prompt slices come first, then ordinary tokens, then what is more than a token.
 
     ``tokens[i]`` is the next ordinary token of the sample that ``samples[i]`` names; a sample has several where a
-    grammar forces them.
+    grammar forces them. ``waits`` are the seconds that requests which the step took up had been in the queue.
     """
 
     stats: EngineStats
@@ -121,14 +121,17 @@ class StepReport(msgspec.Struct, tag=True, array_like=True, frozen=True):
     rich: list[RichToken]
     samples: list[int]
     tokens: list[int]
+    waits: list[float] = []
 
 
 Report = Beat | Checked | Ready | StartFailed | StepReport
 
 
-def pack_events(events: Iterable[Event], keys: Mapping[str, int], stats: EngineStats) -> StepReport:
+def pack_events(
+    events: Iterable[Event], keys: Mapping[str, int], stats: EngineStats, waits: Iterable[float] = ()
+) -> StepReport:
     """The report of one step. ``keys`` gives each request id its key."""
-    report = StepReport(stats, [], [], [], [])
+    report = StepReport(stats, [], [], [], [], list(waits))
     for event in events:
         key = keys[event.request_id]
         if isinstance(event, PromptLogprobsEvent):

@@ -75,6 +75,8 @@ class SteppingEngine(Protocol):
 
     def step(self) -> list[Event]: ...
 
+    def take_admissions(self) -> list[tuple[str, float]]: ...
+
     def prepare_more(self) -> bool: ...
 
     def check_integrity(self) -> None: ...
@@ -125,6 +127,8 @@ class Desk:
         self._engine = engine
         self._keys: dict[str, int] = {}
         self._num_unfinished: dict[str, int] = {}
+        # when those came that wait
+        self._arrivals: dict[str, float] = {}
         self._refusals: list[Event] = []
 
     @property
@@ -146,7 +150,8 @@ class Desk:
         """One step of the engine, as a report."""
         events, self._refusals = self._refusals, []
         events = events + self._engine.step()
-        report = pack_events(events, self._keys, self._engine.stats)
+        waits = [at - self._arrivals.pop(request_id) for request_id, at in self._engine.take_admissions()]
+        report = pack_events(events, self._keys, self._engine.stats, waits)
         if report.rich:
             # ends are among them
             for event in events:
@@ -165,6 +170,7 @@ class Desk:
     def _submit(self, key: int, request: GenerationRequest) -> None:
         self._keys[request.request_id] = key
         self._num_unfinished[request.request_id] = request.n
+        self._arrivals[request.request_id] = time.monotonic()
         try:
             self._engine.submit(request)
         except ValueError as error:
@@ -177,6 +183,7 @@ class Desk:
         self._num_unfinished[request_id] -= 1
         if self._num_unfinished[request_id] == 0:
             del self._num_unfinished[request_id], self._keys[request_id]
+            self._arrivals.pop(request_id, None)
 
 
 def main(argv: Sequence[str] | None = None, load: Loader | None = None) -> int:

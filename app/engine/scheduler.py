@@ -125,7 +125,7 @@ class Scheduler:
             for prefill in self._prefilling:
                 draft.take(prefill)
             while draft.budget > 0 and self._waiting and len(self._waiting[0].sequences) <= self._slots.num_free:
-                draft.take(self._admit())
+                draft.admit(self._admit())
             plan = draft.plan(self._running, is_solo=False)
             if self._missing:
                 plan = replace(plan, missing=self._take_missing())
@@ -379,6 +379,7 @@ class _Draft:
         self._fresh: list[int] = []
         self._chunks: list[Chunk] = []
         self._done: list[Prefill] = []
+        self._admitted: list[GenerationRequest] = []
 
     def take(self, prefill: Prefill) -> None:
         num_tokens = min(self.budget, prefill.num_left)
@@ -392,13 +393,25 @@ class _Draft:
             self._done.append(prefill)
         self.budget -= num_tokens
 
+    def admit(self, prefill: Prefill) -> None:
+        """Take one that has waited."""
+        self._admitted.append(prefill.request)
+        self.take(prefill)
+
     def plan(self, running: tuple[Sequence, ...], *, is_solo: bool) -> StepPlan:
         starting = [prefill for prefill in self._done if prefill.request.max_tokens > 0]
         forks = [(prefill.slot, copy.slot) for prefill in starting for copy in prefill.sequences[1:]]
         rows = tuple(sequence for prefill in starting for sequence in prefill.sequences)
         rows = running + rows if rows else running
-        done = tuple(self._done)
-        return StepPlan(tuple(self._fresh), tuple(self._chunks), tuple(forks), rows, done, is_solo)
+        return StepPlan(
+            tuple(self._fresh),
+            tuple(self._chunks),
+            tuple(forks),
+            rows,
+            tuple(self._done),
+            is_solo,
+            admitted=tuple(self._admitted),
+        )
 
 
 def _start_prefill(request: GenerationRequest, sequences: list[Sequence], tokens: array[int]) -> Prefill:

@@ -146,8 +146,9 @@ class StepPlan:
     destination), draw one token for each of ``rows``.
 
     ``rows`` is the same object as in the step before when nobody came or went. ``done`` are the prefills that this
-    step completes. ``missing`` are tokens that the states of some rows lack before they draw, besides the next one. A
-    step ``is_solo`` when it leaves out sequences that could run.
+    step completes. ``missing`` are tokens that the states of some rows lack before they draw, besides the next one.
+    ``admitted`` are the requests that have waited until now. A step ``is_solo`` when it leaves out sequences that could
+    run.
     """
 
     fresh: tuple[int, ...]
@@ -157,6 +158,7 @@ class StepPlan:
     done: tuple[Prefill, ...]
     is_solo: bool = False
     missing: tuple[Chunk, ...] = ()
+    admitted: tuple[GenerationRequest, ...] = ()
 
     @property
     def is_empty(self) -> bool:

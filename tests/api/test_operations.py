@@ -21,6 +21,7 @@ NAMES = {
     "vllm:kv_cache_usage_perc",
     "mamba_time_to_first_token_seconds",
     "mamba_inter_token_latency_seconds",
+    "mamba_request_queue_time_seconds",
     "mamba_e2e_request_latency_seconds",
     "mamba_prompt_tokens",
     "mamba_generated_tokens",

@@ -38,6 +38,7 @@ class ScriptedEngine:
         self._faults = faults
         self._events: list[Event] = []
         self._num_steps = 0
+        self._admissions: list[tuple[str, float]] = []
 
     @property
     def has_work(self) -> bool:
@@ -59,6 +60,10 @@ class ScriptedEngine:
     def abort(self, request_id: str, sample: int | None = None) -> None:
         self._events += self._scheduler.abort(request_id, sample)
 
+    def take_admissions(self) -> list[tuple[str, float]]:
+        admissions, self._admissions = self._admissions, []
+        return admissions
+
     def prepare_more(self) -> bool:
         return False
 
@@ -72,6 +77,7 @@ class ScriptedEngine:
         self._num_steps += 1
         self._misbehave()
         plan = self._scheduler.plan()
+        self._admissions += [(request.request_id, time.monotonic()) for request in plan.admitted]
         return events + self._scheduler.commit(plan, recite(plan))
 
     def _misbehave(self) -> None:

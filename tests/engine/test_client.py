@@ -195,6 +195,24 @@ async def test_what_is_closed_or_aborted_frees_its_slots() -> None:
         assert len(again.tokens["leaver", 0]) == 3
 
 
+async def test_the_time_that_requests_wait_for_slots_is_told() -> None:
+    waits: list[float] = []
+    async with ready(make_client()) as client:
+        client.watch_queue(waits.append)
+        holder = Watcher(client, make_request("holder", max_tokens=ENDLESS, n=4))
+        await first_events(holder)
+        waiter = Watcher(client, make_request("waiter", max_tokens=2))
+        gone = Watcher(client, make_request("gone", max_tokens=2))
+        client.abandon(gone.request.request_id)
+        await asyncio.sleep(0.2)
+        assert len(waits) == 1
+        client.abandon("holder")
+        await collect(waiter)
+        assert len(waits) == 2
+        assert 0 <= waits[0] < waits[1]
+        assert waits[1] >= 0.2
+
+
 async def test_bad_requests_end_alone_and_signals_are_left_to_the_parent() -> None:
     async with ready(make_client()) as client:
         assert client.pid is not None

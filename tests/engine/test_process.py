@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from app.engine.messages import Abort, Beat, Command, Report, StepReport, Stop, Submit
@@ -18,6 +19,7 @@ class ToyEngine:
         self.queued: list[GenerationRequest] = []
         self.in_flight: list[GenerationRequest] = []
         self.is_compiling = False
+        self.admissions: list[tuple[str, float]] = []
         self.patience: set[float] = set()
 
     @property
@@ -38,7 +40,12 @@ class ToyEngine:
     def step(self) -> list[Event]:
         self.log.append("step")
         done, self.in_flight, self.queued = self.in_flight, self.queued, []
+        self.admissions += [(request.request_id, time.monotonic() + 1.0) for request in self.in_flight]
         return [TokenEvent(request.request_id, 0, 7, finish_reason=FinishReason.LENGTH) for request in done]
+
+    def take_admissions(self) -> list[tuple[str, float]]:
+        admissions, self.admissions = self.admissions, []
+        return admissions
 
     def prepare_more(self) -> bool:
         self.log.append("prepare")
@@ -97,6 +104,7 @@ def test_a_request_comes_before_what_is_left_to_prepare_and_its_steps_follow_wit
     ]
     reports = [report for report in sent if isinstance(report, StepReport)]
     assert [[rich.key for rich in report.rich] for report in reports] == [[], [1], [2]]
+    assert [[round(seconds) for seconds in report.waits] for report in reports] == [[1], [1], []]
 
 
 def test_without_work_it_waits_until_the_next_beat_and_for_a_grammar_not_that_long() -> None:

@@ -99,6 +99,16 @@ def test_nobody_overtakes_a_request_that_waits_for_more_slots() -> None:
     assert scheduler.num_waiting == 1
 
 
+def test_a_plan_names_the_requests_that_it_admits_once() -> None:
+    scheduler = Scheduler(2, 8)
+    for name in ("a", "b", "c"):
+        scheduler.add(request(name))
+    plans = []
+    while scheduler.has_work:
+        plans.append(step(scheduler)[0])
+    assert [[admitted.request_id for admitted in plan.admitted] for plan in plans] == [["a", "b"], [], ["c"], []]
+
+
 def test_the_lowest_priority_waits_least_and_displaces_nobody() -> None:
     scheduler = Scheduler(2, 8)
     scheduler.add(request("runs", max_tokens=3, n=2))

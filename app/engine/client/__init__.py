@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from app.engine.client.child import EngineChild
@@ -57,6 +57,7 @@ class ProcessEngineClient:
         self._stats = EngineStats()
         self._num_restarts = 0
         self._last_beat = 0.0
+        self._on_wait: Callable[[float], None] | None = None
         self._start_error: str | None = None
         self._live = LiveRequests()
         self._checked = asyncio.Event()
@@ -104,6 +105,10 @@ class ProcessEngineClient:
     def heartbeat_age(self) -> float:
         """Seconds since the last message; an idle or loading engine sends one twice a second."""
         return asyncio.get_running_loop().time() - self._last_beat
+
+    def watch_queue(self, observer: Callable[[float], None]) -> None:
+        """Have ``observer`` told the seconds that each request was in the queue, once it has left it for a slot."""
+        self._on_wait = observer
 
     async def start(self) -> None:
         """Start the process and wait until it has found a checkpoint that looks loadable. Raises EngineStartError."""
@@ -175,6 +180,9 @@ class ProcessEngineClient:
         self._last_beat = asyncio.get_running_loop().time()
         if isinstance(report, StepReport):
             self._stats = report.stats
+            if report.waits and self._on_wait is not None:
+                for seconds in report.waits:
+                    self._on_wait(seconds)
             self._live.deliver(report)
         elif isinstance(report, Beat):
             self._stats = report.stats or self._stats
