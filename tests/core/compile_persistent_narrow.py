@@ -9,7 +9,7 @@ from typing import Any
 from triton.experimental.gluon import language as gl
 
 from mamba_core.ops.triton.persistent_many import WARPS
-from mamba_core.ops.triton.persistent_narrow import launch_constants
+from mamba_core.ops.triton.persistent_narrow import sizes_for
 from mamba_core.ops.triton.persistent_narrow_kernel import persistent_narrow_kernel
 from tests.compiling import compiled_for_hopper, persistent_facts, print_records, source_of
 
@@ -20,7 +20,6 @@ SIZES: list[tuple[int, int, int, int, dict[str, Any]]] = [
     (64, 1024, 64, 4, {}),
     (20, 512, 16, 3, {"HAS_CONV_BIAS": False, "TAP_MAJOR": False, "SKIP_DTYPE": gl.bfloat16}),
 ]
-USUAL = {"HAS_CONV_BIAS": True, "TAP_MAJOR": True, "SKIP_DTYPE": gl.float32}
 TYPES = {
     **dict.fromkeys(("table_ptr", "tokens_ptr", "slots_ptr"), "*i64"),
     **dict.fromkeys(("low_ptr", "squares_ptr", "ssm_ptr"), "*fp32"),
@@ -31,7 +30,7 @@ UNALIGNED = frozenset({"rows", "layers"})
 
 def compile_all() -> Iterator[dict[str, Any]]:
     for rows, width, rank, taps, changes in SIZES:
-        constants = launch_constants(rows, width, rank, taps) | USUAL | changes
+        constants = {"SIZES": sizes_for(rows, width, rank, taps)._replace(**changes)}
         source = source_of(persistent_narrow_kernel, constants, TYPES, unaligned=UNALIGNED)
         compiled = compiled_for_hopper(source, num_warps=WARPS)
         assembly = compiled.asm["ptx"]

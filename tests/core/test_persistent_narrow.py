@@ -11,7 +11,7 @@ from torch import Tensor
 from mamba_core import MambaCache, few_rows_step, fused_step, single_step, wide_step
 from mamba_core.ops.triton import persistent_narrow
 from mamba_core.ops.triton.persistent_many import MAX_ROWS
-from mamba_core.ops.triton.persistent_narrow import fits, launch_constants, programs
+from mamba_core.ops.triton.persistent_narrow import fits, programs, sizes_for
 from mamba_core.ops.triton.step import MAX_TILES
 from tests.compiling import records_of
 from tests.core.test_persistent_step import MakeModel, launch_on_a_cpu
@@ -68,16 +68,16 @@ def test_its_launch_gives_the_kernel_what_it_takes(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("rows", [17, 32, 33, MAX_ROWS])
 def test_published_sizes_fit(width: int, rows: int) -> None:
     assert fits(width, width // 16, 16)
-    constants = launch_constants(rows, width, width // 16, 4)
-    assert constants["SPACE"] >= rows
+    sizes = sizes_for(rows, width, width // 16, 4)
+    assert rows <= sizes.SPACE
     # x beside z
-    assert programs(width) * constants["A"] == 2 * 2 * width
+    assert programs(width) * sizes.A == 2 * 2 * width
     # in_proj's tiles of 64 columns are whole turns of the rings, of which no more than half are freed at a time
-    stages = constants["STAGES"]
+    stages = sizes.STAGES
     assert width // 64 % stages == 0
-    assert stages % constants["FREED"] == 0
-    assert 2 * constants["FREED"] <= stages
-    assert 0 <= constants["MIDDLE"] <= constants["SPACE"] // 8
+    assert stages % sizes.FREED == 0
+    assert stages >= 2 * sizes.FREED
+    assert 0 <= sizes.DEPTH <= sizes.SPACE // 8
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mamba_core import MambaCache, few_rows_step, fused_step, single_step, wide_
 from mamba_core.ops import Packing
 from mamba_core.ops.triton import persistent_wide, step
 from mamba_core.ops.triton.persistent_many import MAX_ROWS
-from mamba_core.ops.triton.persistent_wide import PROGRAMS, fits, launch_constants
+from mamba_core.ops.triton.persistent_wide import PROGRAMS, fits, sizes_for
 from mamba_core.ops.triton.step import MAX_TILES
 from mamba_core.wide_step import LEAST_ROWS
 from tests.compiling import records_of
@@ -106,17 +106,17 @@ def test_its_launch_gives_the_kernel_what_it_takes(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("rows", [17, 32, 33, MAX_ROWS])
 def test_published_sizes_fit(width: int, rows: int) -> None:
     assert fits(width, width // 16, 16)
-    constants = launch_constants(rows, width, width // 16, 4)
-    assert constants["SPACE"] >= rows
+    sizes = sizes_for(rows, width, width // 16, 4)
+    assert rows <= sizes.SPACE
     # the outputs of a program, and its channels in eights
-    assert 32 * (constants["A"] + constants["B"]) == width
-    assert 2 * width // PROGRAMS * 2 == constants["A"] + constants["B"]
+    assert width == 32 * (sizes.A + sizes.B)
+    assert 2 * width // PROGRAMS * 2 == sizes.A + sizes.B
     assert 2 * width // PROGRAMS % 8 == 0
     # each product's tiles of 64 columns are whole turns of the rings
-    stages = constants["STAGES"]
+    stages = sizes.STAGES
     assert width // 64 % stages == 0
     assert 2 * width // 4 // 64 % stages == 0
-    assert stages > constants["AHEAD"]
+    assert stages > sizes.AHEAD
 
 
 @pytest.mark.parametrize(

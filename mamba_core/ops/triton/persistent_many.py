@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_core.ops.triton.persistent_step import Weights, launch_basics
+from mamba_core.ops.triton.persistent_step import Weights, kind
+from mamba_core.ops.triton.persistent_wide_tiles import Sizes
 
 # a product's operand is so high
 MAX_ROWS = 64
@@ -27,7 +28,7 @@ COPIERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A kernel, its programs, the groups of them that make squares, and what it is compiled for.
+    """A kernel, its programs, the groups of them that make squares, and its sizes.
 
     shares and parts are the shapes of fp32 rooms that some kernels have beside those of all.
     """
@@ -35,7 +36,7 @@ class Plan:
     kernel: Any
     programs: int
     groups: int
-    constants: dict[str, int]
+    sizes: Sizes
     shares: tuple[tuple[int, ...], ...] = ()
     parts: tuple[tuple[int, ...], ...] = ()
 
@@ -90,7 +91,9 @@ def step(
         *conv_state.stride()[:2],
         *ssm_state.stride()[:2],
         eps,
-        **planned.constants,
-        **launch_basics(layer, conv_state, WARPS),
+        SIZES=planned.sizes._replace(**kind(layer, conv_state)),
+        num_warps=WARPS,
+        # all programs at once or none: they wait for each other
+        launch_cooperative_grid=True,
     )
     return gained, squares if rows == MAX_ROWS else squares[:, :rows].contiguous()

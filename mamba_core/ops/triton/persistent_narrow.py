@@ -7,6 +7,7 @@ from functools import partial
 from mamba_core.ops.triton import persistent_many
 from mamba_core.ops.triton.persistent_many import COPIERS, DEEP, MAX_ROWS, STATES, WARPS, Plan
 from mamba_core.ops.triton.persistent_narrow_kernel import persistent_narrow_kernel
+from mamba_core.ops.triton.persistent_wide_tiles import Sizes
 
 # programs of a group, which share its outputs; those of a program; columns that its warps take at a time
 _SPLITS = 4
@@ -38,31 +39,31 @@ def programs(width: int) -> int:
 def plan(rows: int, sizes: tuple[int, int, int, int]) -> Plan:
     """How so many rows are launched, for layers of such sizes."""
     width, rank, _, taps = sizes
-    constants = launch_constants(rows, width, rank, taps)
-    return Plan(persistent_narrow_kernel, programs(width), width // _OUTPUTS, constants)
+    return Plan(persistent_narrow_kernel, programs(width), width // _OUTPUTS, sizes_for(rows, width, rank, taps))
 
 
 step = partial(persistent_many.step, plan)
 
 
-def launch_constants(rows: int, width: int, rank: int, taps: int) -> dict[str, int]:
-    """What the kernel is compiled for besides the kind of model: its sizes, and how they are shared out."""
+def sizes_for(rows: int, width: int, rank: int, taps: int) -> Sizes:
+    """The sizes of the layers, and how they are shared out, for any kind of model."""
     space = 32 if rows <= 32 else MAX_ROWS
     stages = _stages(width)
-    return {
-        "H": width,
-        "D": 2 * width,
-        "R": rank,
-        "N": STATES,
-        "K": taps,
-        "A": _OUTPUTS,
-        "SPACE": space,
-        "STAGES": stages,
-        "FREED": stages // 2,
-        "COPIERS": COPIERS,
-        "AHEAD": 3,
-        "MIDDLE": space // 16,
-    }
+    return Sizes(
+        H=width,
+        D=2 * width,
+        R=rank,
+        N=STATES,
+        K=taps,
+        A=_OUTPUTS,
+        B=0,
+        SPACE=space,
+        STAGES=stages,
+        FREED=stages // 2,
+        COPIERS=COPIERS,
+        AHEAD=3,
+        DEPTH=space // 16,
+    )
 
 
 def _stages(width: int) -> int:

@@ -100,20 +100,16 @@ def _advance(
     layers,
     strides,
     eps,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    A: gl.constexpr,
-    SPACE: gl.constexpr,
-    SKIP_DTYPE: gl.constexpr,
-    HAS_CONV_BIAS: gl.constexpr,
-    TAP_MAJOR: gl.constexpr,
-    STAGES: gl.constexpr,
-    MIDDLE: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """What the first warps do: the step itself, but for in_proj."""
+    H: gl.constexpr = SIZES.H
+    D: gl.constexpr = SIZES.D
+    R: gl.constexpr = SIZES.R
+    N: gl.constexpr = SIZES.N
+    A: gl.constexpr = SIZES.A
+    SPACE: gl.constexpr = SIZES.SPACE
+    DEPTH: gl.constexpr = SIZES.DEPTH
     LOW_WIDTH: gl.constexpr = R + 2 * N
     C: gl.constexpr = A // 2
     GROUPS: gl.constexpr = H // A
@@ -138,7 +134,7 @@ def _advance(
     PAIRS: gl.constexpr = gl.BlockedLayout([1, 2], [64 // A, A // 2], [8, 1], [1, 0])
     # what the convolution keeps: a quarter of the channels of one row, and each has one thread
     KEPT: gl.constexpr = gl.BlockedLayout([1, C // 4], [8, 4], [8, 1], [1, 0])
-    TURNS: gl.constexpr = H // DEEP // STAGES
+    TURNS: gl.constexpr = H // DEEP // SIZES.STAGES
     # the squares of a few of the groups
     SQUARES: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0])
     w_tiles, _, filled, freed = ring
@@ -170,21 +166,22 @@ def _advance(
 
     target = 0
     for layer in range(layers):
+        conv, ssm = (conv_ptr, conv_stride), (ssm_ptr, ssm_stride)
         entry = table_ptr + layer * FIELDS
         taps_at, bias_at, p_at = gl.load(entry + TAPS), gl.load(entry + CONV_BIAS), gl.load(entry + X_PROJ)
         decay_at, skip_at = gl.load(entry + DECAY), gl.load(entry + SKIP)
         dt_bias_at, next_gain_ptr = gl.load(entry + DT_BIAS), _bf16(gl.load(entry + GAIN))
         target += PROGRAMS
         _count(counter_ptr)
-        home, mask = _home_of_windows(conv_ptr, kept_slots, conv_stride, first_c, rows, C, K, TAP_MAJOR, KEPT)
-        windows = _windows(home, mask, D, K, TAP_MAJOR)
+        home, mask = _home_of_windows(conv, kept_slots, first_c, rows, C, KEPT, SIZES)
+        windows = _windows(home, mask, SIZES)
         _await(counter_ptr, target)
         mbarrier.arrive(go)
 
         # what is needed besides in_proj, while others make it
-        recalled = _recall(windows, taps_at, bias_at, first_c, like, K, HAS_CONV_BIAS)
-        home, mask = _home_of_windows(conv_ptr, kept_slots, conv_stride, first_c, rows, C, K, TAP_MAJOR, KEPT)
-        _move_on(home, mask, windows, D, K, TAP_MAJOR)
+        recalled = _recall(windows, taps_at, bias_at, first_c, like, SIZES)
+        home, mask = _home_of_windows(conv, kept_slots, first_c, rows, C, KEPT, SIZES)
+        _move_on(home, mask, windows, SIZES)
         g, b = _indices_2d(32, ROWS, SQUARES)
         mask = gl.max_constancy((g < GROUPS) & (b >= 0), [1, 4])
         squares_read = gl.load(squares_ptr + (g * ROWS + b), mask=mask, other=0.0, cache_modifier=".cg")
@@ -199,8 +196,8 @@ def _advance(
         gates.store(gate)
         low_weights = _low_weights(p_at, low_o, gl.where(low_rows > 0, LOW_HIGH, 0), D)
         h = ()
-        for part in gl.static_range(MIDDLE):
-            h += (_state(ssm_ptr, slots[part], ssm_stride, first_c, part, rows, C, N, STATE),)
+        for part in gl.static_range(DEPTH):
+            h += (_state(ssm, slots[part], first_c, part, rows, C, N, STATE),)
         _await(counter_ptr, target)
 
         low = _low_product(low_weights, y_ptr + low_row * D, low_rows, D)
@@ -210,9 +207,9 @@ def _advance(
         gl.store(dt_ptr + low_at, low.to(gl.bfloat16), mask=mask)
         target += PROGRAMS
         _count(counter_ptr)
-        constants = _constants_of_state(decay_at, skip_at, first_c, C, N, SKIP_DTYPE, STATE)
-        for part in gl.static_range(MIDDLE, PARTS):
-            h += (_state(ssm_ptr, slots[part], ssm_stride, first_c, part, rows, C, N, STATE),)
+        constants = _constants_of_state(decay_at, skip_at, first_c, C, N, SIZES.SKIP_DTYPE, STATE)
+        for part in gl.static_range(DEPTH, PARTS):
+            h += (_state(ssm, slots[part], first_c, part, rows, C, N, STATE),)
         bias = _bias(dt_bias_at, first_c, dt_like)
         use = layer * (TURNS + 1) + TURNS
         _await(counter_ptr, target)
@@ -257,9 +254,9 @@ def _advance(
         _count(counter_ptr)
         # what nobody waits for
         for part in gl.static_range(PARTS):
-            _keep(ssm_ptr, slots[part], ssm_stride, first_c, part, rows, moved_states[part], STATE)
-        home, mask = _home_of_windows(conv_ptr, kept_slots, conv_stride, first_c, rows, C, K, TAP_MAJOR, KEPT)
-        _keep_newest(home, mask, gl.convert_layout(newest.to(CONV_DTYPE), KEPT), D, K, TAP_MAJOR)
+            _keep(ssm, slots[part], first_c, part, rows, moved_states[part], STATE)
+        home, mask = _home_of_windows(conv, kept_slots, first_c, rows, C, KEPT, SIZES)
+        _keep_newest(home, mask, gl.convert_layout(newest.to(CONV_DTYPE), KEPT), SIZES)
         gain = _gain(next_gain_ptr, first_o, A, OUT)
         _await(counter_ptr, target)
 
@@ -297,21 +294,7 @@ def persistent_narrow_kernel(
     ssm_layer_stride,
     ssm_stride,
     eps,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    A: gl.constexpr,
-    SPACE: gl.constexpr,
-    SKIP_DTYPE: gl.constexpr,
-    HAS_CONV_BIAS: gl.constexpr,
-    TAP_MAJOR: gl.constexpr,
-    STAGES: gl.constexpr,
-    FREED: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-    MIDDLE: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """gained [B, H] and squares [groups, 64] of the last residual for tokens [B], states in slots [B] moved on.
 
@@ -324,7 +307,10 @@ def persistent_narrow_kernel(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     FLAT_3D: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [2, 1, 0])
-    PIECES: gl.constexpr = D // WIDE
+    A: gl.constexpr = SIZES.A
+    STAGES: gl.constexpr = SIZES.STAGES
+    COPIERS: gl.constexpr = SIZES.COPIERS
+    PIECES: gl.constexpr = SIZES.D // WIDE
     w_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, A, DEEP], TILES)
     x_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, DEEP], TILES)
     out_tiles = gl.allocate_shared_memory(gl.bfloat16, [PIECES, WARPS, A, WIDE // WARPS], SWIZZLED)
@@ -353,8 +339,8 @@ def persistent_narrow_kernel(
     x_kept = gl.allocate_shared_memory(gl.bfloat16, [ROWS, A // 2], FLAT)
     gates = gl.allocate_shared_memory(gl.float32, [ROWS, A // 2], FLAT)
     deltas = gl.allocate_shared_memory(gl.float32, [ROWS, A // 2], FLAT)
-    shares = gl.allocate_shared_memory(gl.float32, [WARPS, A, SPACE // QUARTERS], FLAT_3D)
-    inner_kept = gl.allocate_shared_memory(gl.float32, [ROWS, 2 * N], FLAT)
+    shares = gl.allocate_shared_memory(gl.float32, [WARPS, A, SIZES.SPACE // QUARTERS], FLAT_3D)
+    inner_kept = gl.allocate_shared_memory(gl.float32, [ROWS, 2 * SIZES.N], FLAT)
     y_kept = gl.allocate_shared_memory(gl.bfloat16, [ROWS, A // 2], FLAT)
     kept = (x_kept, gates, deltas, shares, inner_kept, y_kept)
     begin, states = (tokens_ptr, embeddings_ptr, gain_ptr), (conv_ptr, ssm_ptr)
@@ -382,23 +368,12 @@ def persistent_narrow_kernel(
                     layers,
                     strides,
                     eps,
-                    H,
-                    D,
-                    R,
-                    N,
-                    K,
-                    A,
-                    SPACE,
-                    SKIP_DTYPE,
-                    HAS_CONV_BIAS,
-                    TAP_MAJOR,
-                    STAGES,
-                    MIDDLE,
+                    SIZES,
                 ),
             ),
-            (_make_products, (ring, inputs, (sums,), done, layers, H, A, STAGES, FREED)),
-            (_copy_weights, (ring, outs, table_ptr, layers, H, D, R, A, STAGES, COPIERS, AHEAD)),
-            (_copy_inputs, (inputs, go, gained_ptr, rows, layers, H, STAGES, COPIERS)),
+            (_make_products, (ring, inputs, (sums,), done, layers, SIZES)),
+            (_copy_weights, (ring, outs, table_ptr, layers, SIZES)),
+            (_copy_inputs, (inputs, go, gained_ptr, rows, layers, SIZES)),
         ],
         [4, COPIERS, COPIERS],
         [PRODUCT_REGISTERS, COPIER_REGISTERS, COPIER_REGISTERS],

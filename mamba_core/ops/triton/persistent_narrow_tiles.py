@@ -20,37 +20,28 @@ LOW_ROWS = gl.constexpr(8)
 
 
 @gluon.jit
-def _put_out(
-    outs, i, use, w_at, first, HIGH: gl.constexpr, D: gl.constexpr, COPIERS: gl.constexpr, AHEAD: gl.constexpr
-):
+def _put_out(outs, i, use, w_at, first, SIZES: gl.constexpr):
     """Copy the i-th WIDE columns of rows ``first`` on of out_proj, once their last use is over."""
     tiles, filled, freed = outs
     OWN: gl.constexpr = WIDE // WARPS
-    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, COPIERS, 1], [2, 1, 0])
-    share, row, own = _indices_3d(WARPS, HIGH, OWN, COPY)
-    pointers = gl.multiple_of(_bf16(w_at) + ((first + row) * D + (i * WIDE + share * OWN + own)), [1, 1, 16])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, SIZES.COPIERS, 1], [2, 1, 0])
+    share, row, own = _indices_3d(WARPS, SIZES.A, OWN, COPY)
+    pointers = gl.multiple_of(_bf16(w_at) + ((first + row) * SIZES.D + (i * WIDE + share * OWN + own)), [1, 1, 16])
     mbarrier.wait(freed.index(i), (use & 1) ^ 1)
     _copy(tiles.index(i), pointers)
     async_copy.mbarrier_arrive(filled.index(i), increment_count=False)
     async_copy.commit_group()
-    async_copy.wait_group(AHEAD)
+    async_copy.wait_group(SIZES.AHEAD)
 
 
 @gluon.jit
-def _copy_weights(
-    ring,
-    outs,
-    table_ptr,
-    layers,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    A: gl.constexpr,
-    STAGES: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-):
+def _copy_weights(ring, outs, table_ptr, layers, SIZES: gl.constexpr):
     """What the warps do that copy weights: of each layer in_proj, whole turns of a ring, dt_proj, and out_proj."""
+    H: gl.constexpr = SIZES.H
+    D: gl.constexpr = SIZES.D
+    R: gl.constexpr = SIZES.R
+    A: gl.constexpr = SIZES.A
+    STAGES: gl.constexpr = SIZES.STAGES
     GROUPS: gl.constexpr = H // A
     TURNS: gl.constexpr = H // DEEP // STAGES
     pid = gl.program_id(0)
@@ -67,39 +58,30 @@ def _copy_weights(
         for j in range(H // DEEP):
             slot = j % STAGES
             use = layer * TURNS + gl.where(slot < 1, layer, 0) + j // STAGES
-            _put(ring, slot, use, in_at, first_c, j * DEEP, 2 * D, H, H, D, True, A, 0, COPIERS, AHEAD)
+            _put(ring, slot, use, in_at, first_c, j * DEEP, 2 * D, H, H, True, 0, SIZES)
         # of every pair the second is not there
-        _put(ring, 0, layer * (TURNS + 1) + TURNS, dt_at, first_c, 0, D, R, R, D, True, A, 0, COPIERS, AHEAD)
+        _put(ring, 0, layer * (TURNS + 1) + TURNS, dt_at, first_c, 0, D, R, R, True, 0, SIZES)
         for i in range(D // WIDE):
-            _put_out(outs, i, layer, out_at, first_o, A, D, COPIERS, AHEAD)
+            _put_out(outs, i, layer, out_at, first_o, SIZES)
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def _copy_inputs(inputs, go, gained_ptr, rows, layers, H: gl.constexpr, STAGES: gl.constexpr, COPIERS: gl.constexpr):
+def _copy_inputs(inputs, go, gained_ptr, rows, layers, SIZES: gl.constexpr):
     """What the warps do that copy in_proj's inputs, each time once they are told that they are there."""
+    TILES: gl.constexpr = SIZES.H // DEEP
     for layer in range(layers):
         mbarrier.wait(go, layer & 1)
-        _fetch(inputs, layer * (H // DEEP // STAGES), gained_ptr, rows, 0, H, H // DEEP, STAGES, COPIERS)
+        _fetch(inputs, layer * (TILES // SIZES.STAGES), gained_ptr, rows, 0, SIZES.H, TILES, SIZES)
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def _make_products(
-    ring,
-    inputs,
-    sums,
-    done,
-    layers,
-    H: gl.constexpr,
-    A: gl.constexpr,
-    STAGES: gl.constexpr,
-    FREED: gl.constexpr,
-):
+def _make_products(ring, inputs, sums, done, layers, SIZES: gl.constexpr):
     """What the warps do that make in_proj: its sums, and tell that they are there."""
-    TURNS: gl.constexpr = H // DEEP // STAGES
+    TURNS: gl.constexpr = SIZES.H // DEEP // SIZES.STAGES
     for layer in range(layers):
-        _multiply(ring, inputs, sums, layer, 0, 0, TURNS, TURNS, 1, A, 0, STAGES, FREED)
+        _multiply(ring, inputs, sums, layer, 0, 0, TURNS, TURNS, 1, SIZES)
         mbarrier.arrive(done)
 
 

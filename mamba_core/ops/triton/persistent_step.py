@@ -175,19 +175,19 @@ def launch_options(
         "HAS_BIAS": layer.in_bias is not None,
         "NORM": inner_eps is not None,
         **constants,
-        **launch_basics(layer, conv_state, constants["WARPS"]),
+        **kind(layer, conv_state),
+        "num_warps": constants["WARPS"],
+        # all programs at once or none: they wait for each other
+        "launch_cooperative_grid": True,
     }
 
 
-def launch_basics(layer: LayerWeights, conv_state: Tensor, num_warps: int) -> dict[str, Any]:
-    """What every kernel for all layers is launched with by name."""
+def kind(layer: LayerWeights, conv_state: Tensor) -> dict[str, Any]:
+    """What every kernel for all layers is compiled for besides their sizes: the kind of model, and of its state."""
     return {
         "SKIP_DTYPE": _SKIP_DTYPES[layer.skip.dtype],
         "HAS_CONV_BIAS": layer.conv_bias is not None,
         "TAP_MAJOR": is_tap_major(conv_state),
-        "num_warps": num_warps,
-        # all programs at once or none: they wait for each other
-        "launch_cooperative_grid": True,
     }
 
 

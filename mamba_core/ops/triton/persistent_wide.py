@@ -9,6 +9,7 @@ import triton
 from mamba_core.ops.triton import persistent_many
 from mamba_core.ops.triton.persistent_many import COPIERS, DEEP, MAX_ROWS, STATES, Plan
 from mamba_core.ops.triton.persistent_wide_kernel import persistent_wide_kernel
+from mamba_core.ops.triton.persistent_wide_tiles import Sizes
 
 # programs, each on a multiprocessor of its own, and groups of those that share their outputs
 PROGRAMS = 128
@@ -44,7 +45,7 @@ def plan(rows: int, sizes: tuple[int, int, int, int]) -> Plan:
         persistent_wide_kernel,
         PROGRAMS,
         _GROUPS,
-        launch_constants(rows, width, rank, taps),
+        sizes_for(rows, width, rank, taps),
         shares=((PROGRAMS, MAX_ROWS, rank + 2 * states),),
         parts=((PROGRAMS // _GROUPS, MAX_ROWS, width),),
     )
@@ -53,24 +54,25 @@ def plan(rows: int, sizes: tuple[int, int, int, int]) -> Plan:
 step = partial(persistent_many.step, plan)
 
 
-def launch_constants(rows: int, width: int, rank: int, taps: int) -> dict[str, int]:
-    """What the kernel is compiled for besides the kind of model: its sizes, and how they are shared out."""
+def sizes_for(rows: int, width: int, rank: int, taps: int) -> Sizes:
+    """The sizes of the layers, and how they are shared out, for any kind of model."""
     high, low = _outputs(width)
     stages = _stages(width)
-    return {
-        "H": width,
-        "D": 2 * width,
-        "R": rank,
-        "N": STATES,
-        "K": taps,
-        "A": high,
-        "B": low,
-        "SPACE": 32 if rows <= 32 else 64,
-        "STAGES": stages,
-        "COPIERS": COPIERS,
-        "AHEAD": stages // 2,
-        "DEPTH": 2,
-    }
+    return Sizes(
+        H=width,
+        D=2 * width,
+        R=rank,
+        N=STATES,
+        K=taps,
+        A=high,
+        B=low,
+        SPACE=32 if rows <= 32 else 64,
+        STAGES=stages,
+        FREED=1,
+        COPIERS=COPIERS,
+        AHEAD=stages // 2,
+        DEPTH=2,
+    )
 
 
 def _stages(width: int) -> int:

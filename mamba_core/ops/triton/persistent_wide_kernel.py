@@ -110,25 +110,23 @@ def _advance(
     layers,
     strides,
     eps,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    A: gl.constexpr,
-    B: gl.constexpr,
-    SPACE: gl.constexpr,
-    SKIP_DTYPE: gl.constexpr,
-    HAS_CONV_BIAS: gl.constexpr,
-    TAP_MAJOR: gl.constexpr,
-    STAGES: gl.constexpr,
-    DEPTH: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """What the first warps do: the step itself, but for its two large products."""
+    H: gl.constexpr = SIZES.H
+    D: gl.constexpr = SIZES.D
+    R: gl.constexpr = SIZES.R
+    N: gl.constexpr = SIZES.N
+    A: gl.constexpr = SIZES.A
+    B: gl.constexpr = SIZES.B
+    SPACE: gl.constexpr = SIZES.SPACE
+    STAGES: gl.constexpr = SIZES.STAGES
+    DEPTH: gl.constexpr = SIZES.DEPTH
     LOW_WIDTH: gl.constexpr = R + 2 * N
     C: gl.constexpr = D // PROGRAMS
     CA: gl.constexpr = A // 2
     CB: gl.constexpr = B // 2
+    COUNTS: gl.constexpr = (CA, CB)
     PIECES: gl.constexpr = 2 if B > 0 else 1
     EACH: gl.constexpr = SPACE * LOW_WIDTH // PROGRAMS
     MMA_A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, A // 2, 16])
@@ -145,9 +143,12 @@ def _advance(
     PAIRS_B: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [8, 1], [1, 0])
     SUMS_A: gl.constexpr = gl.BlockedLayout([1, 4], [128 // A, A // 4], [8, 1], [1, 0])
     SUMS_B: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0])
+    PAIRS: gl.constexpr = (PAIRS_A, PAIRS_B)
+    SUMS: gl.constexpr = (SUMS_A, SUMS_B)
     # what the convolution keeps: a quarter of the channels of one row, and each has one thread
     KEPT_A: gl.constexpr = gl.BlockedLayout([1, CA // 4], [8, 4], [8, 1], [1, 0])
     KEPT_B: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [8, 1], [1, 0])
+    KEPT: gl.constexpr = (KEPT_A, KEPT_B)
     LOW_TILES: gl.constexpr = (LOW_WIDTH + A - 1) // A
     DT_TILES: gl.constexpr = (R + DEEP - 1) // DEEP
     IN_TURNS: gl.constexpr = H // DEEP // STAGES
@@ -205,6 +206,7 @@ def _advance(
 
     target = 0
     for layer in range(layers):
+        conv, ssm = (conv_ptr, conv_stride), (ssm_ptr, ssm_stride)
         entry = table_ptr + layer * FIELDS
         taps_at, bias_at = gl.load(entry + TAPS), gl.load(entry + CONV_BIAS)
         decay_at, skip_at = gl.load(entry + DECAY), gl.load(entry + SKIP)
@@ -213,18 +215,8 @@ def _advance(
         _count(counter_ptr)
         windows = ()
         for p in gl.static_range(PIECES):
-            home, mask = _home_of_windows(
-                conv_ptr,
-                kept_slots[p],
-                conv_stride,
-                first_c + p * CA,
-                rows,
-                CB if p > 0 else CA,
-                K,
-                TAP_MAJOR,
-                KEPT_B if p > 0 else KEPT_A,
-            )
-            windows += (_windows(home, mask, D, K, TAP_MAJOR),)
+            home, mask = _home_of_windows(conv, kept_slots[p], first_c + p * CA, rows, COUNTS[p], KEPT[p], SIZES)
+            windows += (_windows(home, mask, SIZES),)
         _await(counter_ptr, target)
         mbarrier.arrive(go)
 
@@ -232,19 +224,9 @@ def _advance(
         recalled = ()
         for p in gl.static_range(PIECES):
             first = first_c + p * CA
-            recalled += (_recall(windows[p], taps_at, bias_at, first, likes[p], K, HAS_CONV_BIAS),)
-            home, mask = _home_of_windows(
-                conv_ptr,
-                kept_slots[p],
-                conv_stride,
-                first,
-                rows,
-                CB if p > 0 else CA,
-                K,
-                TAP_MAJOR,
-                KEPT_B if p > 0 else KEPT_A,
-            )
-            _move_on(home, mask, windows[p], D, K, TAP_MAJOR)
+            recalled += (_recall(windows[p], taps_at, bias_at, first, likes[p], SIZES),)
+            home, mask = _home_of_windows(conv, kept_slots[p], first, rows, COUNTS[p], KEPT[p], SIZES)
+            _move_on(home, mask, windows[p], SIZES)
         g, b = _indices_2d(GROUPS, ROWS, SQUARES)
         squares_read = gl.load(squares_ptr + (g * ROWS + b), cache_modifier=".cg")
         scales = ()
@@ -252,9 +234,9 @@ def _advance(
             scales += (_scale(squares_read, eps, likes[p], H),)
         mbarrier.wait(done, 0)
         for p in gl.static_range(PIECES):
-            acc = sums[p].load(PAIRS_B if p > 0 else PAIRS_A)
+            acc = sums[p].load(PAIRS[p])
             x, gate, newest = _convolve(acc, scales[p], recalled[p], CONV_DTYPE)
-            x_flat.slice(p * CA, CB if p > 0 else CA, dim=1).store(x)
+            x_flat.slice(p * CA, COUNTS[p], dim=1).store(x)
             gates[p].store(gate)
             news[p].store(newest)
         # for the matrix units, where inputs were and will be
@@ -281,9 +263,9 @@ def _advance(
         # the states of the next rows, piece after piece
         h = ()
         for part in gl.static_range(DEPTH - 1):
-            h += (_state(ssm_ptr, slots[part], ssm_stride, first_c, part, rows, CA, N, STATE),)
+            h += (_state(ssm, slots[part], first_c, part, rows, CA, N, STATE),)
             if B > 0:
-                h += (_state(ssm_ptr, slots[part], ssm_stride, first_c + CA, part, rows, CB, N, STATE),)
+                h += (_state(ssm, slots[part], first_c + CA, part, rows, CB, N, STATE),)
         _await(counter_ptr, target)
 
         s, i = _indices_2d(PROGRAMS, 128, SHARES)
@@ -298,8 +280,8 @@ def _advance(
         constants, biases = (), ()
         for p in gl.static_range(PIECES):
             first = first_c + p * CA
-            constants += (_constants_of_state(decay_at, skip_at, first, CB if p > 0 else CA, N, SKIP_DTYPE, STATE),)
-            h += (_state(ssm_ptr, slots[DEPTH - 1], ssm_stride, first, DEPTH - 1, rows, CB if p > 0 else CA, N, STATE),)
+            constants += (_constants_of_state(decay_at, skip_at, first, COUNTS[p], N, SIZES.SKIP_DTYPE, STATE),)
+            h += (_state(ssm, slots[DEPTH - 1], first, DEPTH - 1, rows, COUNTS[p], N, STATE),)
             biases += (_bias(dt_bias_at, first, dt_likes[p]),)
         _await(counter_ptr, target)
 
@@ -337,54 +319,32 @@ def _advance(
             for p in gl.static_range(PIECES):
                 first = first_c + p * CA
                 if part > 0 and part + DEPTH <= SPACE // PART:
-                    h += (
-                        _state(
-                            ssm_ptr,
-                            slots[part + DEPTH - 1],
-                            ssm_stride,
-                            first,
-                            part + DEPTH - 1,
-                            rows,
-                            CB if p > 0 else CA,
-                            N,
-                            STATE,
-                        ),
-                    )
+                    h += (_state(ssm, slots[part + DEPTH - 1], first, part + DEPTH - 1, rows, COUNTS[p], N, STATE),)
                 delta = deltas[p].slice(part * PART, PART).load(STATE_C)
-                x = x_flat.slice(part * PART, PART).slice(p * CA, CB if p > 0 else CA, dim=1).load(STATE_C)
+                x = x_flat.slice(part * PART, PART).slice(p * CA, COUNTS[p], dim=1).load(STATE_C)
                 gate = gates[p].slice(part * PART, PART).load(STATE_C)
                 moved, y = _moved(h[part * PIECES + p], constants[p], now, delta, x, gate)
-                b, d = _indices_2d(PART, CB if p > 0 else CA, STATE_C)
+                b, d = _indices_2d(PART, COUNTS[p], STATE_C)
                 y_at = y_ptr + ((part * PART + b) * D + first + d)
                 gl.store(y_at, y.to(gl.bfloat16), mask=(part * PART + b < rows) & (d >= 0))
-                _keep(ssm_ptr, slots[part], ssm_stride, first, part, rows, moved, STATE)
+                _keep(ssm, slots[part], first, part, rows, moved, STATE)
         _count(quarter_ptr)
         gain = _gain(next_gain_ptr, first_o, A, OUT_A)
         if B > 0:
             gain_rest = _gain(next_gain_ptr, first_o + A, B, OUT_B)
         newest_inputs = ()
         for p in gl.static_range(PIECES):
-            newest_inputs += (news[p].load(KEPT_B if p > 0 else KEPT_A),)
+            newest_inputs += (news[p].load(KEPT[p]),)
         _await(quarter_ptr, (layer + 1) * GROUPS)
         mbarrier.arrive(go)
 
         # while others make out_proj
         for p in gl.static_range(PIECES):
-            home, mask = _home_of_windows(
-                conv_ptr,
-                kept_slots[p],
-                conv_stride,
-                first_c + p * CA,
-                rows,
-                CB if p > 0 else CA,
-                K,
-                TAP_MAJOR,
-                KEPT_B if p > 0 else KEPT_A,
-            )
-            _keep_newest(home, mask, newest_inputs[p], D, K, TAP_MAJOR)
+            home, mask = _home_of_windows(conv, kept_slots[p], first_c + p * CA, rows, COUNTS[p], KEPT[p], SIZES)
+            _keep_newest(home, mask, newest_inputs[p], SIZES)
         mbarrier.wait(done, 1)
         for p in gl.static_range(PIECES):
-            share = sums[p].load(SUMS_B if p > 0 else SUMS_A)
+            share = sums[p].load(SUMS[p])
             _share(share, parts_ptr + quarter * (ROWS * H), first_o + p * A, rows, H)
         _count(group_ptr)
         _await(group_ptr, (layer + 1) * QUARTERS)
@@ -428,21 +388,7 @@ def persistent_wide_kernel(
     ssm_layer_stride,
     ssm_stride,
     eps,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    A: gl.constexpr,
-    B: gl.constexpr,
-    SPACE: gl.constexpr,
-    SKIP_DTYPE: gl.constexpr,
-    HAS_CONV_BIAS: gl.constexpr,
-    TAP_MAJOR: gl.constexpr,
-    STAGES: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-    DEPTH: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """gained [B, H] and squares [32, 64] of the last residual for tokens [B], states in slots [B] moved on.
 
@@ -451,10 +397,12 @@ def persistent_wide_kernel(
     outputs of the large products; there are at most SPACE rows. COPIERS warps copy weights, AHEAD tiles and one more at
     a time, and as many inputs; states of DEPTH times PART rows are on their way.
     """
-    LOW_WIDTH: gl.constexpr = R + 2 * N
+    A: gl.constexpr = SIZES.A
+    STAGES: gl.constexpr = SIZES.STAGES
+    COPIERS: gl.constexpr = SIZES.COPIERS
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     a_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, A, DEEP], TILES)
-    b_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 16, DEEP], TILES) if B > 0 else a_tiles
+    b_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 16, DEEP], TILES) if SIZES.B > 0 else a_tiles
     x_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, ROWS, DEEP], TILES)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -476,7 +424,7 @@ def persistent_wide_kernel(
     sums = (gl.allocate_shared_memory(gl.float32, [ROWS, A], SUMS),)
     x_flat = gl.allocate_shared_memory(gl.bfloat16, [ROWS, DEEP], FLAT)
     gates = (gl.allocate_shared_memory(gl.float32, [ROWS, A // 2], FLAT),)
-    if B > 0:
+    if SIZES.B > 0:
         sums += (gl.allocate_shared_memory(gl.float32, [ROWS, 16], SUMS_REST),)
         gates += (gl.allocate_shared_memory(gl.float32, [ROWS, 8], FLAT),)
     kept = (x_flat, gates)
@@ -504,24 +452,12 @@ def persistent_wide_kernel(
                     layers,
                     strides,
                     eps,
-                    H,
-                    D,
-                    R,
-                    N,
-                    K,
-                    A,
-                    B,
-                    SPACE,
-                    SKIP_DTYPE,
-                    HAS_CONV_BIAS,
-                    TAP_MAJOR,
-                    STAGES,
-                    DEPTH,
+                    SIZES,
                 ),
             ),
-            (_make_products, (ring, inputs, sums, done, layers, H, D, R, LOW_WIDTH, A, B, STAGES)),
-            (_copy_weights, (ring, table_ptr, layers, H, D, R, LOW_WIDTH, A, B, STAGES, COPIERS, AHEAD)),
-            (_copy_inputs, (inputs, go, gained_ptr, y_ptr, rows, layers, H, D, STAGES, COPIERS)),
+            (_make_products, (ring, inputs, sums, done, layers, SIZES)),
+            (_copy_weights, (ring, table_ptr, layers, SIZES)),
+            (_copy_inputs, (inputs, go, gained_ptr, y_ptr, rows, layers, SIZES)),
         ],
         [4, COPIERS, COPIERS],
         [PRODUCT_REGISTERS, COPIER_REGISTERS, COPIER_REGISTERS],

@@ -37,41 +37,33 @@ def _slots_of_windows(slots_ptr, rows, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _home_of_windows(
-    conv_ptr,
-    slot,
-    stride,
-    first,
-    rows,
-    COUNT: gl.constexpr,
-    K: gl.constexpr,
-    TAP_MAJOR: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):
+def _home_of_windows(conv, slot, first, rows, COUNT: gl.constexpr, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
     """Where the oldest inputs are that the convolution keeps, of every row and COUNT channels from ``first`` on."""
+    conv_ptr, stride = conv
     b, c = _indices_2d(ROWS, COUNT, LAYOUT)
-    home = conv_ptr + _home(slot, stride) + (first + c) * (1 if TAP_MAJOR else K - 1)
+    home = conv_ptr + _home(slot, stride) + (first + c) * (1 if SIZES.TAP_MAJOR else SIZES.K - 1)
     return home, gl.max_constancy((b < rows) & (c >= 0), [1, COUNT])
 
 
 @gluon.jit
-def _windows(home, mask, D: gl.constexpr, K: gl.constexpr, TAP_MAJOR: gl.constexpr):
+def _windows(home, mask, SIZES: gl.constexpr):
     """The K - 1 inputs at ``home``."""
     columns = ()
-    for j in gl.static_range(K - 1):
-        columns += (gl.load(home + j * (D if TAP_MAJOR else 1), mask=mask, other=0.0),)
+    for j in gl.static_range(SIZES.K - 1):
+        columns += (gl.load(home + j * (SIZES.D if SIZES.TAP_MAJOR else 1), mask=mask, other=0.0),)
     return columns
 
 
 @gluon.jit
-def _recall(columns, taps_at, bias_at, first, like, K: gl.constexpr, HAS_CONV_BIAS: gl.constexpr):
+def _recall(columns, taps_at, bias_at, first, like, SIZES: gl.constexpr):
     """What the convolution's past adds up to, and the weights of what comes newest."""
+    K: gl.constexpr = SIZES.K
     LAYOUT: gl.constexpr = like.type.layout
     COUNT: gl.constexpr = like.type.shape[1]
     _, c = _indices_2d(1, COUNT, LAYOUT)
     taps_ptr = _bf16(taps_at) + (first + c) * K
     past = gl.zeros_like(like)
-    if HAS_CONV_BIAS:
+    if SIZES.HAS_CONV_BIAS:
         past += gl.load(_bf16(bias_at) + (first + c)).to(gl.float32)
     for j in gl.static_range(K - 1):
         old = gl.convert_layout(columns[j], LAYOUT)
@@ -80,16 +72,17 @@ def _recall(columns, taps_at, bias_at, first, like, K: gl.constexpr, HAS_CONV_BI
 
 
 @gluon.jit
-def _move_on(home, mask, columns, D: gl.constexpr, K: gl.constexpr, TAP_MAJOR: gl.constexpr):
+def _move_on(home, mask, columns, SIZES: gl.constexpr):
     """Move the convolution's past on, of which each element has one thread, but for what is not known yet."""
-    for j in gl.static_range(1, K - 1):
-        gl.store(home + (j - 1) * (D if TAP_MAJOR else 1), columns[j], mask=mask)
+    for j in gl.static_range(1, SIZES.K - 1):
+        gl.store(home + (j - 1) * (SIZES.D if SIZES.TAP_MAJOR else 1), columns[j], mask=mask)
 
 
 @gluon.jit
-def _keep_newest(home, mask, newest, D: gl.constexpr, K: gl.constexpr, TAP_MAJOR: gl.constexpr):
+def _keep_newest(home, mask, newest, SIZES: gl.constexpr):
     """Write the newest input where the one before it was."""
-    gl.store(home + (K - 2) * (D if TAP_MAJOR else 1), newest.to(home.dtype.element_ty), mask=mask)
+    step = (SIZES.K - 2) * (SIZES.D if SIZES.TAP_MAJOR else 1)
+    gl.store(home + step, newest.to(home.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -133,25 +126,26 @@ def _slots(slots_ptr, part, rows, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _state_at(ssm_ptr, slot, stride, first, part, rows, COUNT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
+def _state_at(ssm, slot, first, part, rows, COUNT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
     """Where the states of PART rows are, for COUNT channels from ``first`` on."""
+    ssm_ptr, stride = ssm
     b, d, n = _indices_3d(PART, COUNT, N, LAYOUT)
     return ssm_ptr + _home(slot, stride) + ((first + d) * N + n), (part * PART + b < rows) & (d >= 0) & (n < N)
 
 
 @gluon.jit
-def _state(ssm_ptr, slot, stride, first, part, rows, COUNT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
-    home, mask = _state_at(ssm_ptr, slot, stride, first, part, rows, COUNT, N, LAYOUT)
+def _state(ssm, slot, first, part, rows, COUNT: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr):
+    home, mask = _state_at(ssm, slot, first, part, rows, COUNT, N, LAYOUT)
     return gl.load(home, mask=mask, other=0.0)
 
 
 @gluon.jit
-def _keep(ssm_ptr, slot, stride, first, part, rows, moved, LAYOUT: gl.constexpr):
+def _keep(ssm, slot, first, part, rows, moved, LAYOUT: gl.constexpr):
     """Write back the states of PART rows."""
     COUNT: gl.constexpr = moved.type.shape[1]
     N: gl.constexpr = moved.type.shape[2]
-    home, mask = _state_at(ssm_ptr, slot, stride, first, part, rows, COUNT, N, LAYOUT)
-    gl.store(home, moved.to(ssm_ptr.dtype.element_ty), mask=mask)
+    home, mask = _state_at(ssm, slot, first, part, rows, COUNT, N, LAYOUT)
+    gl.store(home, moved.to(home.dtype.element_ty), mask=mask)
 
 
 @gluon.jit

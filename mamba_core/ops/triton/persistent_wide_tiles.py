@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -18,6 +20,34 @@ from mamba_core.ops.triton.persistent import (
     _copy,
 )
 from mamba_core.ops.triton.persistent_rows_tiles import _indices_2d, _nothing
+
+
+class Sizes(NamedTuple):
+    """What a kernel is compiled for.
+
+    H, D, R, N and K of a layer. A + B: outputs of a program of the large products, a power of two and the rest. SPACE:
+    rows at the most. STAGES: tiles that the rings hold. FREED: slots that are freed at a time. COPIERS: warps that copy
+    weights, AHEAD tiles and one more at a time, and as many that copy inputs. DEPTH: of the rows' states, PART rows
+    each, so many are read ahead.
+    """
+
+    H: int
+    D: int
+    R: int
+    N: int
+    K: int
+    A: int
+    B: int
+    SPACE: int
+    STAGES: int
+    FREED: int
+    COPIERS: int
+    AHEAD: int
+    DEPTH: int
+    SKIP_DTYPE: Any = gl.float32
+    HAS_CONV_BIAS: bool = True
+    TAP_MAJOR: bool = True
+
 
 # rows of a tile of inputs, and columns of every tile
 ROWS = gl.constexpr(64)
@@ -39,17 +69,16 @@ def _rows_of(
     last_column,
     HIGH: gl.constexpr,
     STRIDE: gl.constexpr,
-    D: gl.constexpr,
     PAIRED: gl.constexpr,
-    COPIERS: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """Pointers to HIGH rows of 64 columns of W [*, STRIDE], and which of them are there.
 
     PAIRED: rows ``first``, ``first`` + D, ``first`` + 1, ``first`` + 1 + D and so on.
     """
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [COPIERS, 1], [1, 0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [SIZES.COPIERS, 1], [1, 0])
     r, k = _indices_2d(HIGH, DEEP, COPY)
-    row = first + (r // 2 + r % 2 * D if PAIRED else r)
+    row = first + (r // 2 + r % 2 * SIZES.D if PAIRED else r)
     pointers = gl.multiple_of(_bf16(w_at) + (row * STRIDE + (column + k)), [1, 16])
     return pointers, gl.max_constancy((row < last_row) & (column + k < last_column), [1, 8])
 
@@ -65,51 +94,41 @@ def _put(
     last_row,
     last_column,
     STRIDE: gl.constexpr,
-    D: gl.constexpr,
     PAIRED: gl.constexpr,
-    A: gl.constexpr,
-    B: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
+    REST: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
-    """Copy A + B rows of ``_rows_of`` into a slot for its use-th use, once it is free; what is not there is zero."""
+    """Copy A + REST rows of ``_rows_of`` into a slot for its use-th use, once it is free; absent ones are zero."""
     a_tiles, b_tiles, filled, freed = ring
-    pointers, mask = _rows_of(w_at, first, column, last_row, last_column, A, STRIDE, D, PAIRED, COPIERS)
+    pointers, mask = _rows_of(w_at, first, column, last_row, last_column, SIZES.A, STRIDE, PAIRED, SIZES)
     mbarrier.wait(freed.index(slot), (use & 1) ^ 1)
     _copy(a_tiles.index(slot), pointers, mask=mask)
-    if B > 0:
-        first += A // 2 if PAIRED else A
-        pointers, mask = _rows_of(w_at, first, column, last_row, last_column, B, STRIDE, D, PAIRED, COPIERS)
+    if REST > 0:
+        first += SIZES.A // 2 if PAIRED else SIZES.A
+        pointers, mask = _rows_of(w_at, first, column, last_row, last_column, REST, STRIDE, PAIRED, SIZES)
         _copy(b_tiles.index(slot), pointers, mask=mask)
     async_copy.mbarrier_arrive(filled.index(slot), increment_count=False)
     async_copy.commit_group()
     # more on its way than keeps memory busy would only stand before the loads that others wait for
-    async_copy.wait_group(AHEAD)
+    async_copy.wait_group(SIZES.AHEAD)
 
 
 @gluon.jit
-def _copy_weights(
-    ring,
-    table_ptr,
-    layers,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    LOW_WIDTH: gl.constexpr,
-    A: gl.constexpr,
-    B: gl.constexpr,
-    STAGES: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-):
+def _copy_weights(ring, table_ptr, layers, SIZES: gl.constexpr):
     """What the warps do that copy weights: all tiles of the step, in the order in which they are used.
 
     Of a layer, in_proj takes whole turns of the ring, then x_proj and dt_proj its first slots, then out_proj
     whole turns.
     """
+    H: gl.constexpr = SIZES.H
+    D: gl.constexpr = SIZES.D
+    R: gl.constexpr = SIZES.R
+    B: gl.constexpr = SIZES.B
+    STAGES: gl.constexpr = SIZES.STAGES
+    LOW_WIDTH: gl.constexpr = R + 2 * SIZES.N
     C: gl.constexpr = D // PROGRAMS
     SHARE: gl.constexpr = D // QUARTERS
-    LOW_TILES: gl.constexpr = (LOW_WIDTH + A - 1) // A
+    LOW_TILES: gl.constexpr = (LOW_WIDTH + SIZES.A - 1) // SIZES.A
     SMALL: gl.constexpr = LOW_TILES + (R + DEEP - 1) // DEEP
     IN_TURNS: gl.constexpr = H // DEEP // STAGES
     TURNS: gl.constexpr = IN_TURNS + SHARE // DEEP // STAGES
@@ -126,18 +145,18 @@ def _copy_weights(
         for j in range(H // DEEP):
             slot = j % STAGES
             use = layer * TURNS + gl.where(slot < SMALL, layer, 0) + j // STAGES
-            _put(ring, slot, use, in_at, first_c, j * DEEP, 2 * D, H, H, D, True, A, B, COPIERS, AHEAD)
+            _put(ring, slot, use, in_at, first_c, j * DEEP, 2 * D, H, H, True, B, SIZES)
         use = layer * (TURNS + 1) + IN_TURNS
         for i in range(LOW_TILES):
-            _put(ring, i, use, p_at, i * A, first_c, LOW_WIDTH, last_c, D, D, False, A, 0, COPIERS, AHEAD)
+            _put(ring, i, use, p_at, i * SIZES.A, first_c, LOW_WIDTH, last_c, D, False, 0, SIZES)
         for j in range(SMALL - LOW_TILES):
             # of every pair the second is not there
-            _put(ring, LOW_TILES + j, use, dt_at, first_c, j * DEEP, D, R, R, D, True, A, B, COPIERS, AHEAD)
+            _put(ring, LOW_TILES + j, use, dt_at, first_c, j * DEEP, D, R, R, True, B, SIZES)
         for j in range(SHARE // DEEP):
             slot = j % STAGES
             use = layer * TURNS + gl.where(slot < SMALL, layer + 1, 0) + IN_TURNS + j // STAGES
             column = quarter * SHARE + j * DEEP
-            _put(ring, slot, use, out_at, first_o, column, H, D, D, D, False, A, B, COPIERS, AHEAD)
+            _put(ring, slot, use, out_at, first_o, column, H, D, D, False, B, SIZES)
     async_copy.wait_group(0)
 
 
@@ -150,12 +169,12 @@ def _fetch(
     first,
     STRIDE: gl.constexpr,
     STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    COPIERS: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """Copy STEPS tiles of x [rows, STRIDE] from column ``first`` on, whole turns of the ring; absent rows are zero."""
     tiles, filled, freed = inputs
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [COPIERS, 1], [1, 0])
+    STAGES: gl.constexpr = SIZES.STAGES
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [SIZES.COPIERS, 1], [1, 0])
     b, k = _indices_2d(ROWS, DEEP, COPY)
     mask = gl.max_constancy((b < rows) & (k >= 0), [1, DEEP])
     for j in range(STEPS):
@@ -167,28 +186,18 @@ def _fetch(
 
 
 @gluon.jit
-def _copy_inputs(
-    inputs,
-    go,
-    gained_ptr,
-    y_ptr,
-    rows,
-    layers,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-    COPIERS: gl.constexpr,
-):
+def _copy_inputs(inputs, go, gained_ptr, y_ptr, rows, layers, SIZES: gl.constexpr):
     """What the warps do that copy what weights are multiplied with, each time once they are told that it is there."""
-    SHARE: gl.constexpr = D // QUARTERS
-    IN_TURNS: gl.constexpr = H // DEEP // STAGES
-    TURNS: gl.constexpr = IN_TURNS + SHARE // DEEP // STAGES
+    H: gl.constexpr = SIZES.H
+    SHARE: gl.constexpr = SIZES.D // QUARTERS
+    IN_TURNS: gl.constexpr = H // DEEP // SIZES.STAGES
+    TURNS: gl.constexpr = IN_TURNS + SHARE // DEEP // SIZES.STAGES
     first = gl.program_id(0) // GROUPS * SHARE
     for layer in range(layers):
         mbarrier.wait(go, 0)
-        _fetch(inputs, layer * TURNS, gained_ptr, rows, 0, H, H // DEEP, STAGES, COPIERS)
+        _fetch(inputs, layer * TURNS, gained_ptr, rows, 0, H, H // DEEP, SIZES)
         mbarrier.wait(go, 1)
-        _fetch(inputs, layer * TURNS + IN_TURNS, y_ptr, rows, first, D, SHARE // DEEP, STAGES, COPIERS)
+        _fetch(inputs, layer * TURNS + IN_TURNS, y_ptr, rows, first, SIZES.D, SHARE // DEEP, SIZES)
     async_copy.wait_group(0)
 
 
@@ -203,16 +212,17 @@ def _multiply(
     ROUNDS: gl.constexpr,
     TURNS: gl.constexpr,
     SMALL: gl.constexpr,
-    A: gl.constexpr,
-    B: gl.constexpr,
-    STAGES: gl.constexpr,
-    FREED: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """sums [64, A] and [64, B]: tiles of inputs times tiles of weights, of ROUNDS turns of the ring.
 
     BEFORE of the layer's TURNS are those of another product, and SMALL_BEFORE of those of the slots below SMALL. Slots
     are freed FREED at a time, no more than half of them.
     """
+    A: gl.constexpr = SIZES.A
+    B: gl.constexpr = SIZES.B
+    STAGES: gl.constexpr = SIZES.STAGES
+    FREED: gl.constexpr = SIZES.FREED
     MMA_A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, A, 16])
     MMA_B: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
     EACH: gl.constexpr = 2 if B > 0 else 1
@@ -257,27 +267,15 @@ def _multiply(
 
 
 @gluon.jit
-def _make_products(
-    ring,
-    inputs,
-    sums,
-    done,
-    layers,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    LOW_WIDTH: gl.constexpr,
-    A: gl.constexpr,
-    B: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def _make_products(ring, inputs, sums, done, layers, SIZES: gl.constexpr):
     """What the warps do that make the two large products: their sums, and tell that they are there."""
-    SMALL: gl.constexpr = (LOW_WIDTH + A - 1) // A + (R + DEEP - 1) // DEEP
-    IN_TURNS: gl.constexpr = H // DEEP // STAGES
-    OUT_TURNS: gl.constexpr = D // QUARTERS // DEEP // STAGES
+    LOW_TILES: gl.constexpr = (SIZES.R + 2 * SIZES.N + SIZES.A - 1) // SIZES.A
+    SMALL: gl.constexpr = LOW_TILES + (SIZES.R + DEEP - 1) // DEEP
+    IN_TURNS: gl.constexpr = SIZES.H // DEEP // SIZES.STAGES
+    OUT_TURNS: gl.constexpr = SIZES.D // QUARTERS // DEEP // SIZES.STAGES
     TURNS: gl.constexpr = IN_TURNS + OUT_TURNS
     for layer in range(layers):
-        _multiply(ring, inputs, sums, layer, 0, 0, IN_TURNS, TURNS, SMALL, A, B, STAGES, 1)
+        _multiply(ring, inputs, sums, layer, 0, 0, IN_TURNS, TURNS, SMALL, SIZES)
         mbarrier.arrive(done)
-        _multiply(ring, inputs, sums, layer, IN_TURNS, 1, OUT_TURNS, TURNS, SMALL, A, B, STAGES, 1)
+        _multiply(ring, inputs, sums, layer, IN_TURNS, 1, OUT_TURNS, TURNS, SMALL, SIZES)
         mbarrier.arrive(done)
