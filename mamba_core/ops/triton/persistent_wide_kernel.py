@@ -26,8 +26,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from mamba_core.ops.triton.persistent import (
@@ -55,10 +53,8 @@ from mamba_core.ops.triton.persistent_wide_parts import (
     _gain,
     _home_of_windows,
     _inputs_of_state,
-    _keep,
     _keep_newest,
     _move_on,
-    _moved,
     _pairs,
     _recall,
     _scale,
@@ -69,6 +65,14 @@ from mamba_core.ops.triton.persistent_wide_parts import (
     _state,
     _tell,
     _windows,
+)
+from mamba_core.ops.triton.persistent_wide_phases import (
+    Told,
+    _advance_states,
+    _lows,
+    _multiply_dt,
+    _share_low,
+    _sum_low,
 )
 from mamba_core.ops.triton.persistent_wide_tiles import (
     DEEP,
@@ -122,18 +126,15 @@ def _advance(
     SPACE: gl.constexpr = SIZES.SPACE
     STAGES: gl.constexpr = SIZES.STAGES
     DEPTH: gl.constexpr = SIZES.DEPTH
-    LOW_WIDTH: gl.constexpr = R + 2 * N
     C: gl.constexpr = D // PROGRAMS
     CA: gl.constexpr = A // 2
     CB: gl.constexpr = B // 2
     COUNTS: gl.constexpr = (CA, CB)
     PIECES: gl.constexpr = 2 if B > 0 else 1
-    EACH: gl.constexpr = SPACE * LOW_WIDTH // PROGRAMS
     MMA_A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, A // 2, 16])
     MMA_B: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 8, 16])
     WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     STATE: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [8, 1, 1], [2, 1, 0])
-    STATE_C: gl.constexpr = gl.SliceLayout(2, STATE)
     STATE_N: gl.constexpr = gl.SliceLayout(1, STATE)
     OUT_A: gl.constexpr = gl.BlockedLayout([1, 4], [128 // A, A // 4], [8, 1], [1, 0])
     OUT_B: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [8, 1], [1, 0])
@@ -149,14 +150,10 @@ def _advance(
     KEPT_A: gl.constexpr = gl.BlockedLayout([1, CA // 4], [8, 4], [8, 1], [1, 0])
     KEPT_B: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [8, 1], [1, 0])
     KEPT: gl.constexpr = (KEPT_A, KEPT_B)
-    LOW_TILES: gl.constexpr = (LOW_WIDTH + A - 1) // A
-    DT_TILES: gl.constexpr = (R + DEEP - 1) // DEEP
     IN_TURNS: gl.constexpr = H // DEEP // STAGES
     TURNS: gl.constexpr = IN_TURNS + D // QUARTERS // DEEP // STAGES
-    # four sums a thread of each warp's programs; the squares of a few of the groups
-    SHARES: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [8, 1], [1, 0])
+    # the squares of a few of the groups
     SQUARES: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0])
-    a_tiles, b_tiles, filled, freed = ring
     x_flat, gates = kept
     # in the sums' place, once they have been read
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -167,7 +164,6 @@ def _advance(
         deltas, news = (deltas[0], halves_rest.index(0)), (news[0], halves_rest.index(1))
     tokens_ptr, embeddings_ptr, gain_ptr = begin
     conv_ptr, ssm_ptr = states
-    shares_ptr, low_ptr, dt_ptr, y_ptr, parts_ptr, gained_ptr, squares_ptr = told
     conv_layer_stride, conv_stride, ssm_layer_stride, ssm_stride = strides
     CONV_DTYPE: gl.constexpr = conv_ptr.dtype.element_ty
 
@@ -195,14 +191,14 @@ def _advance(
 
     # this program's part of the residual: the tokens' embeddings
     residual = _embedded(tokens_ptr, embeddings_ptr, first_row, first_o, rows, H, OWN, A, OUT_A)
-    squares = _tell(residual, _gain(gain_ptr, first_o, A, OUT_A), gained_ptr, first_row, first_o, rows, H)
+    squares = _tell(residual, _gain(gain_ptr, first_o, A, OUT_A), told.gained, first_row, first_o, rows, H)
     rest = gl.zeros([OWN, 16], gl.float32, OUT_B)
     if B > 0:
         rest += _embedded(tokens_ptr, embeddings_ptr, first_row, first_o + A, rows, H, OWN, B, OUT_B)
-        more = _tell(rest, _gain(gain_ptr, first_o + A, B, OUT_B), gained_ptr, first_row, first_o + A, rows, H)
+        more = _tell(rest, _gain(gain_ptr, first_o + A, B, OUT_B), told.gained, first_row, first_o + A, rows, H)
         squares += gl.convert_layout(more, OUT_ROW)
     b_out = group * ROWS + first_row + gl.arange(0, OWN, layout=OUT_ROW)
-    gl.store(squares_ptr + b_out, squares)
+    gl.store(told.squares + b_out, squares)
 
     target = 0
     for layer in range(layers):
@@ -228,7 +224,7 @@ def _advance(
             home, mask = _home_of_windows(conv, kept_slots[p], first, rows, COUNTS[p], KEPT[p], SIZES)
             _move_on(home, mask, windows[p], SIZES)
         g, b = _indices_2d(GROUPS, ROWS, SQUARES)
-        squares_read = gl.load(squares_ptr + (g * ROWS + b), cache_modifier=".cg")
+        squares_read = gl.load(told.squares + (g * ROWS + b), cache_modifier=".cg")
         scales = ()
         for p in gl.static_range(PIECES):
             scales += (_scale(squares_read, eps, likes[p], H),)
@@ -245,18 +241,7 @@ def _advance(
         fence_async_shared()
         _barrier()
         use = layer * (TURNS + 1) + IN_TURNS
-        shares = ()
-        for i in gl.static_range(LOW_TILES):
-            mbarrier.wait(filled.index(i), use & 1)
-            share = gl.zeros([ROWS, A], gl.float32, MMA_A)
-            shares += (warpgroup_mma(x_kept, a_tiles.index(i + _nothing()).permute((1, 0)), share, is_async=True),)
-        shares = warpgroup_mma_wait(0, deps=shares)
-        _barrier()
-        for i in gl.static_range(LOW_TILES):
-            mbarrier.arrive(freed.index(i))
-            b, o = _indices_2d(ROWS, A, MMA_A)
-            share_ptr = shares_ptr + pid * (SPACE * LOW_WIDTH) + (b * LOW_WIDTH + i * A + o)
-            gl.store(share_ptr, shares[i], mask=(i * A + o < LOW_WIDTH) & (b < SPACE))
+        _share_low(ring, use, x_kept, told.shares, SIZES)
         target += PROGRAMS
         _count(counter_ptr)
 
@@ -268,13 +253,7 @@ def _advance(
                 h += (_state(ssm, slots[part], first_c + CA, part, rows, CB, N, STATE),)
         _await(counter_ptr, target)
 
-        s, i = _indices_2d(PROGRAMS, 128, SHARES)
-        some_ptr = gl.multiple_of(shares_ptr + (s * (SPACE * LOW_WIDTH) + pid * EACH + i), [1, 16])
-        mask = gl.max_constancy((i < EACH) & (s >= 0), [1, 4])
-        total = gl.sum(gl.load(some_ptr, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
-        i = gl.arange(0, 128, layout=gl.SliceLayout(0, SHARES)) + _nothing()
-        gl.store(low_ptr + pid * EACH + i, total, mask=i < EACH)
-        gl.store(dt_ptr + pid * EACH + i, total.to(gl.bfloat16), mask=i < EACH)
+        _sum_low(told, SIZES)
         target += PROGRAMS
         _count(counter_ptr)
         constants, biases = (), ()
@@ -285,49 +264,12 @@ def _advance(
             biases += (_bias(dt_bias_at, first, dt_likes[p]),)
         _await(counter_ptr, target)
 
-        lows = ()
-        b, r = _indices_2d(ROWS, DEEP, WHOLE)
-        for i in gl.static_range(DT_TILES):
-            mask = gl.max_constancy((i * DEEP + r < R) & (b < SPACE), [1, 8])
-            low_at = gl.multiple_of(dt_ptr + (b * LOW_WIDTH + i * DEEP + r), [1, 16])
-            lows += (gl.load(low_at, mask=mask, other=0.0, cache_modifier=".cg"),)
-        inner = _inputs_of_state(low_ptr, 0, R, N, STATE_N)
-        for i in gl.static_range(DT_TILES):
-            x_tiles.index(i + _nothing()).store(lows[i])
-        fence_async_shared()
-        _barrier()
-        dts = (gl.zeros([ROWS, A], gl.float32, MMA_A), gl.zeros([ROWS, 16], gl.float32, MMA_B))
-        for i in gl.static_range(DT_TILES):
-            mbarrier.wait(filled.index(LOW_TILES + i), use & 1)
-            nothing = _nothing()
-            low = x_tiles.index(i + nothing)
-            dt_a = warpgroup_mma(low, a_tiles.index(LOW_TILES + i + nothing).permute((1, 0)), dts[0], is_async=True)
-            dt_b = dts[1]
-            if B > 0:
-                dt_b = warpgroup_mma(low, b_tiles.index(LOW_TILES + i + nothing).permute((1, 0)), dts[1], is_async=True)
-            dts = (dt_a, dt_b)
-        dts = warpgroup_mma_wait(0, deps=dts) if B > 0 else (warpgroup_mma_wait(0, deps=(dts[0],)), dts[1])
-        _barrier()
-        for i in gl.static_range(DT_TILES):
-            mbarrier.arrive(freed.index(LOW_TILES + i))
+        lows = _lows(told.dt, WHOLE, SIZES)
+        inner = _inputs_of_state(told.low, 0, R, N, STATE_N)
+        dts = _multiply_dt(ring, use, x_tiles, lows, SIZES)
         for p in gl.static_range(PIECES):
             deltas[p].store(_delta(dts[p], biases[p]))
-        for part in gl.static_range(SPACE // PART):
-            now = inner
-            if part + 1 < SPACE // PART:
-                inner = _inputs_of_state(low_ptr, part + 1, R, N, STATE_N)
-            for p in gl.static_range(PIECES):
-                first = first_c + p * CA
-                if part > 0 and part + DEPTH <= SPACE // PART:
-                    h += (_state(ssm, slots[part + DEPTH - 1], first, part + DEPTH - 1, rows, COUNTS[p], N, STATE),)
-                delta = deltas[p].slice(part * PART, PART).load(STATE_C)
-                x = x_flat.slice(part * PART, PART).slice(p * CA, COUNTS[p], dim=1).load(STATE_C)
-                gate = gates[p].slice(part * PART, PART).load(STATE_C)
-                moved, y = _moved(h[part * PIECES + p], constants[p], now, delta, x, gate)
-                b, d = _indices_2d(PART, COUNTS[p], STATE_C)
-                y_at = y_ptr + ((part * PART + b) * D + first + d)
-                gl.store(y_at, y.to(gl.bfloat16), mask=(part * PART + b < rows) & (d >= 0))
-                _keep(ssm, slots[part], first, part, rows, moved, STATE)
+        _advance_states(ssm, slots, h, constants, inner, deltas, kept, told, rows, STATE, SIZES)
         _count(quarter_ptr)
         gain = _gain(next_gain_ptr, first_o, A, OUT_A)
         if B > 0:
@@ -345,16 +287,16 @@ def _advance(
         mbarrier.wait(done, 1)
         for p in gl.static_range(PIECES):
             share = sums[p].load(SUMS[p])
-            _share(share, parts_ptr + quarter * (ROWS * H), first_o + p * A, rows, H)
+            _share(share, told.parts + quarter * (ROWS * H), first_o + p * A, rows, H)
         _count(group_ptr)
         _await(group_ptr, (layer + 1) * QUARTERS)
-        residual += _shared(parts_ptr, first_row, first_o, rows, H, OWN, A, OUT_A)
-        squares_told = _tell(residual, gain, gained_ptr, first_row, first_o, rows, H)
+        residual += _shared(told.parts, first_row, first_o, rows, H, OWN, A, OUT_A)
+        squares_told = _tell(residual, gain, told.gained, first_row, first_o, rows, H)
         if B > 0:
-            rest += _shared(parts_ptr, first_row, first_o + A, rows, H, OWN, B, OUT_B)
-            more_told = _tell(rest, gain_rest, gained_ptr, first_row, first_o + A, rows, H)
+            rest += _shared(told.parts, first_row, first_o + A, rows, H, OWN, B, OUT_B)
+            more_told = _tell(rest, gain_rest, told.gained, first_row, first_o + A, rows, H)
             squares_told += gl.convert_layout(more_told, OUT_ROW)
-        gl.store(squares_ptr + b_out, squares_told)
+        gl.store(told.squares + b_out, squares_told)
         conv_ptr += conv_layer_stride
         ssm_ptr += ssm_layer_stride
 
@@ -429,7 +371,7 @@ def persistent_wide_kernel(
         gates += (gl.allocate_shared_memory(gl.float32, [ROWS, 8], FLAT),)
     kept = (x_flat, gates)
     begin, states = (tokens_ptr, embeddings_ptr, gain_ptr), (conv_ptr, ssm_ptr)
-    told = (shares_ptr, low_ptr, dt_ptr, y_ptr, parts_ptr, gained_ptr, squares_ptr)
+    told = Told(shares_ptr, low_ptr, dt_ptr, y_ptr, parts_ptr, gained_ptr, squares_ptr)
     strides = (conv_layer_stride, conv_stride, ssm_layer_stride, ssm_stride)
     gl.warp_specialize(
         [
