@@ -18,6 +18,8 @@ SIZES: list[tuple[int, int, int, int, dict[str, Any]]] = [
     (64, 1536, 96, 4, {}),
     (64, 2048, 128, 4, {}),
     (64, 2560, 160, 4, {}),
+    # x_proj in a single tile
+    (64, 2048, 32, 4, {}),
     (20, 2560, 48, 3, {"HAS_CONV_BIAS": False, "TAP_MAJOR": False, "SKIP_DTYPE": gl.bfloat16}),
 ]
 TYPES = {

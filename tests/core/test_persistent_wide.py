@@ -141,7 +141,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_it_compiles_and_fits(compiled: list[dict[str, Any]]) -> None:
     sizes = [(record["rows"], record["width"]) for record in compiled]
-    assert sizes == [(64, 1024), (64, 1536), (64, 2048), (64, 2560), (20, 2560)]
+    assert sizes == [(64, 1024), (64, 1536), (64, 2048), (64, 2560), (64, 2048), (20, 2560)]
     assert all(record["shared_bytes"] <= SHARED_BYTES for record in compiled)
 
 
@@ -166,6 +166,7 @@ def test_products_run_on_the_matrix_units(compiled: list[dict[str, Any]]) -> Non
         ["m64n16k16", "m64n32k16", "m64n8k16"],
         ["m64n32k16", "m64n64k16"],
         ["m64n16k16", "m64n32k16", "m64n64k16", "m64n8k16"],
+        ["m64n32k16", "m64n64k16"],
         ["m64n16k16", "m64n32k16", "m64n64k16", "m64n8k16"],
     ]
 

@@ -44,7 +44,7 @@ def _share_low(ring, use, x, shares_ptr, SIZES: gl.constexpr):
         mbarrier.wait(filled.index(i), use & 1)
         share = gl.zeros([ROWS, A], gl.float32, MMA)
         shares += (warpgroup_mma(x, w_tiles.index(i + _nothing()).permute((1, 0)), share, is_async=True),)
-    shares = warpgroup_mma_wait(0, deps=shares)
+    shares = warpgroup_mma_wait(0, deps=shares) if TILES > 1 else (warpgroup_mma_wait(0, deps=shares),)
     _barrier()
     for i in gl.static_range(TILES):
         mbarrier.arrive(freed.index(i))
