@@ -8,7 +8,7 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-from mamba_core.ops.triton.persistent_rows import launch_constants
+from mamba_core.ops.triton.persistent_rows import sizes_for
 from mamba_core.ops.triton.persistent_rows_kernel import persistent_rows_kernel
 from tests.compiling import compiled_for_hopper, persistent_facts, print_records, source_of
 
@@ -33,7 +33,6 @@ SIZES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
     (8, 768, 48, 16, 4, {}),
     (64, 768, 48, 16, 4, {}),
 ]
-USUAL = {"HAS_BIAS": False, "HAS_CONV_BIAS": True, "TAP_MAJOR": True, "NORM": False, "SKIP_DTYPE": gl.float32}
 TYPES = {
     **dict.fromkeys(("table_ptr", "tokens_ptr", "slots_ptr"), "*i64"),
     **dict.fromkeys(("shares_ptr", "low_ptr", "squares_ptr", "ssm_ptr"), "*fp32"),
@@ -45,9 +44,9 @@ UNALIGNED = frozenset({"rows", "layers", "inner_eps"})
 
 def compile_all() -> Iterator[dict[str, Any]]:
     for rows, width, rank, states, taps, changes in SIZES:
-        constants = launch_constants(rows, width, rank, states, taps, PROGRAMS) | USUAL | changes
-        source = source_of(persistent_rows_kernel, constants, TYPES, unaligned=UNALIGNED)
-        compiled = compiled_for_hopper(source, num_warps=constants["WARPS"])
+        sizes = sizes_for(rows, width, rank, states, taps, PROGRAMS)._replace(**changes)
+        source = source_of(persistent_rows_kernel, {"SIZES": sizes}, TYPES, unaligned=UNALIGNED)
+        compiled = compiled_for_hopper(source, num_warps=sizes.WARPS)
         assembly = compiled.asm["ptx"]
         # of a thread: pieces of 16 bytes that its warp multiplies at once, of each tile of 16 rows
         yield {

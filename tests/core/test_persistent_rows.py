@@ -13,7 +13,7 @@ from torch import Tensor
 from mamba_core import MambaCache, few_rows_step, fused_step, single_step
 from mamba_core.ops import Packing
 from mamba_core.ops.triton import persistent_rows, step
-from mamba_core.ops.triton.persistent_rows import MAX_ROWS, launch_constants
+from mamba_core.ops.triton.persistent_rows import MAX_ROWS, sizes_for
 from mamba_core.ops.triton.step import MAX_TILES
 from tests.compiling import records_of
 from tests.core.ops_cases import poison_memory
@@ -77,25 +77,25 @@ def test_every_row_has_room(width: int, programs: int, rows: int) -> None:
     if rows > persistent_rows.max_rows(width):
         assert width >= 1024
         return
-    constants = launch_constants(rows, width, width // 16, 16, 4, programs)
-    assert 0 <= constants["GROUPS"] * constants["BLOCK_B"] - rows < constants["BLOCK_B"]
+    sizes = sizes_for(rows, width, width // 16, 16, 4, programs)
+    assert 0 <= sizes.GROUPS * sizes.BLOCK_B - rows < sizes.BLOCK_B
     # all at once
-    assert constants["GROUPS"] * constants["PROGRAMS"] <= programs
-    programs = constants["PROGRAMS"]
+    assert programs >= sizes.GROUPS * sizes.PROGRAMS
+    programs = sizes.PROGRAMS
     # a program's channels come in eights
     channels = 8 * triton.cdiv(2 * width // 8, programs)
-    assert 16 * constants["C_TILES"] >= channels
-    assert constants["BLOCK_C"] >= 16 * constants["C_TILES"]
-    assert constants["O_ROWS"] <= 16
-    assert constants["O_TILES"] * constants["O_ROWS"] >= triton.cdiv(width, programs)
-    assert constants["O_SPACE"] >= constants["O_TILES"]
-    assert constants["P_SPACE"] >= programs
+    assert channels <= 16 * sizes.C_TILES
+    assert sizes.BLOCK_C >= 16 * sizes.C_TILES
+    assert sizes.O_ROWS <= 16
+    assert triton.cdiv(width, programs) <= sizes.O_TILES * sizes.O_ROWS
+    assert sizes.O_SPACE >= sizes.O_TILES
+    assert programs <= sizes.P_SPACE
     # four of them to a thread, and not more threads than a warp has
-    assert constants["BLOCK_L"] <= 128
-    assert constants["BLOCK_L"] * programs >= (width // 16 + 32) * constants["BLOCK_B"]
-    assert width % constants["WIDE"] == 0
-    taken = max(constants["GROUP"], constants["O_GROUP"] * constants["O_TILES"])
-    assert constants["STAGES"] > max(constants["AHEAD"], constants["OUT_AHEAD"], taken)
+    assert sizes.BLOCK_L <= 128
+    assert sizes.BLOCK_L * programs >= (width // 16 + 32) * sizes.BLOCK_B
+    assert width % sizes.WIDE == 0
+    taken = max(sizes.GROUP, sizes.O_GROUP * sizes.O_TILES)
+    assert max(sizes.AHEAD, sizes.OUT_AHEAD, taken) < sizes.STAGES
 
 
 @pytest.mark.parametrize(

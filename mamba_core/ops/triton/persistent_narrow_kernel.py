@@ -300,9 +300,8 @@ def persistent_narrow_kernel(
 
     table [layers, FIELDS] int64 addresses. low [64, R + 2 N] fp32, dt like low, y [B, D]: room for what programs tell
     each other. counter is zero before and after. A program has A outputs of in_proj and, for a quarter of the SPACE
-    rows, of out_proj. COPIERS warps copy weights, AHEAD tiles and one more at a time, and as many inputs; slots are
-    freed FREED at a time. Of the rows' states, PART rows each, MIDDLE parts are read beside x_proj, the others
-    after it; all are written once y has been told.
+    rows, of out_proj. Of the rows' states DEPTH parts are read beside x_proj, the others after it; all are written once
+    y has been told.
     """
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     FLAT_3D: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])

@@ -7,7 +7,8 @@ import triton
 from torch import Tensor
 
 from mamba_core.ops.triton.persistent_rows_kernel import persistent_rows_kernel
-from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, can_run, launch_options
+from mamba_core.ops.triton.persistent_rows_tiles import Sizes
+from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, can_run, kind
 
 # rows that a program can take, and those that several groups of programs can
 _PROGRAM_ROWS = 16
@@ -51,9 +52,8 @@ def step(
     rows = len(tokens)
     width, rank, states, taps = layer.sizes()
     available = torch.cuda.get_device_properties(device).multi_processor_count
-    constants = launch_constants(rows, width, rank, states, taps, available)
-    programs, groups = constants["PROGRAMS"], constants["GROUPS"]
-    low_width, space = rank + 2 * states, constants["BLOCK_B"]
+    sizes = sizes_for(rows, width, rank, states, taps, available)
+    programs, groups, space, low_width = sizes.PROGRAMS, sizes.GROUPS, sizes.BLOCK_B, rank + 2 * states
     places = groups * space
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,7 +80,10 @@ def step(
         *ssm_state.stride()[:2],
         eps,
         inner_eps or 0.0,
-        **launch_options(layer, inner_eps, conv_state, constants),
+        SIZES=sizes._replace(**kind(layer, conv_state), HAS_BIAS=layer.in_bias is not None, NORM=inner_eps is not None),
+        num_warps=_WARPS,
+        # all programs at once or none: they wait for each other
+        launch_cooperative_grid=True,
     )
     return gained, squares if rows == places else squares[:, :rows].contiguous()
 
@@ -106,8 +109,8 @@ def share_out(rows: int, width: int, available: int) -> tuple[int, int, int]:
     return space, groups, triton.cdiv(tiles, triton.cdiv(tiles, available // groups))
 
 
-def launch_constants(rows: int, width: int, rank: int, states: int, taps: int, available: int) -> dict[str, int]:
-    """What the kernel is compiled for besides the kind of model: its sizes, and how they are shared out."""
+def sizes_for(rows: int, width: int, rank: int, states: int, taps: int, available: int) -> Sizes:
+    """The sizes of the layers, and how they are shared out, for any kind of model."""
     space, groups, programs = share_out(rows, width, available)
     dim, low_width = 2 * width, rank + 2 * states
     wide = _WIDE if width % _WIDE == 0 else _LESS_WIDE
@@ -120,35 +123,35 @@ def launch_constants(rows: int, width: int, rank: int, states: int, taps: int, a
     columns = _HIGH * wide // block_c
     sums = max(block_c // _HIGH, o_space) * _WARPS * _HIGH * space * 4
     kept = space * block_c * 10 + triton.cdiv(rank, columns) * columns * space * 2
-    return {
-        "WIDE": wide,
-        "H": width,
-        "D": dim,
-        "R": rank,
-        "N": states,
-        "K": taps,
-        "BLOCK_B": space,
-        "BLOCK_N": triton.next_power_of_2(states),
-        "BLOCK_C": block_c,
-        "BLOCK_L": 4 * triton.next_power_of_2(triton.cdiv(low_width * space // 4, programs)),
-        "P_SPACE": triton.next_power_of_2(programs),
-        "C_TILES": c_tiles,
-        "Z_TILES": max(1, c_tiles // 2),
-        "O_TILES": o_tiles,
-        "O_ROWS": triton.cdiv(outputs, o_tiles),
-        "O_SPACE": o_space,
-        "PROGRAMS": programs,
-        "GROUPS": groups,
-        "STAGES": min((_SHARED_BYTES - sums - kept) // stage_bytes, _MAX_STAGES),
-        "WARPS": _WARPS,
-        "COPIERS": _COPIERS,
-        "AHEAD": _stages_ahead(triton.cdiv(channels, c_tiles), wide),
-        "OUT_AHEAD": _stages_ahead(triton.cdiv(outputs, o_tiles), wide),
-        "S_WARPS": 4,
-        "DEPTH": 5 if wide == _WIDE else 6,
-        "GROUP": 2 if wide == _WIDE else 3,
-        "O_GROUP": 1 if wide == _WIDE else max(1, 3 // o_tiles),
-    }
+    return Sizes(
+        WIDE=wide,
+        H=width,
+        D=dim,
+        R=rank,
+        N=states,
+        K=taps,
+        BLOCK_B=space,
+        BLOCK_N=triton.next_power_of_2(states),
+        BLOCK_C=block_c,
+        BLOCK_L=4 * triton.next_power_of_2(triton.cdiv(low_width * space // 4, programs)),
+        P_SPACE=triton.next_power_of_2(programs),
+        C_TILES=c_tiles,
+        Z_TILES=max(1, c_tiles // 2),
+        O_TILES=o_tiles,
+        O_ROWS=triton.cdiv(outputs, o_tiles),
+        O_SPACE=o_space,
+        PROGRAMS=programs,
+        GROUPS=groups,
+        STAGES=min((_SHARED_BYTES - sums - kept) // stage_bytes, _MAX_STAGES),
+        WARPS=_WARPS,
+        COPIERS=_COPIERS,
+        AHEAD=_stages_ahead(triton.cdiv(channels, c_tiles), wide),
+        OUT_AHEAD=_stages_ahead(triton.cdiv(outputs, o_tiles), wide),
+        S_WARPS=4,
+        DEPTH=5 if wide == _WIDE else 6,
+        GROUP=2 if wide == _WIDE else 3,
+        O_GROUP=1 if wide == _WIDE else max(1, 3 // o_tiles),
+    )
 
 
 def _stages_ahead(rows: int, wide: int) -> int:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mamba_core.ops.triton.math import LOG2_E
@@ -58,6 +57,7 @@ from mamba_core.ops.triton.persistent_rows_parts import (
     _tell,
     _window_at,
 )
+from mamba_core.ops.triton.persistent_rows_phases import _multiply_out, _share_low, _sum_low
 from mamba_core.ops.triton.persistent_rows_tiles import (
     HIGH,
     _copy_weights,
@@ -66,9 +66,7 @@ from mamba_core.ops.triton.persistent_rows_tiles import (
     _inputs,
     _multiply_block,
     _multiply_rows,
-    _nothing,
     _own_channels,
-    _take,
     _total,
 )
 
@@ -99,46 +97,32 @@ def _advance(
     ssm_stride,
     eps,
     inner_eps,
-    WIDE: gl.constexpr,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    BLOCK_B: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_C: gl.constexpr,
-    BLOCK_L: gl.constexpr,
-    P_SPACE: gl.constexpr,
-    C_TILES: gl.constexpr,
-    Z_TILES: gl.constexpr,
-    O_TILES: gl.constexpr,
-    O_ROWS: gl.constexpr,
-    O_SPACE: gl.constexpr,
-    SKIP_DTYPE: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    HAS_CONV_BIAS: gl.constexpr,
-    TAP_MAJOR: gl.constexpr,
-    NORM: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-    GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
-    S_WARPS: gl.constexpr,
-    DEPTH: gl.constexpr,
-    GROUP: gl.constexpr,
-    O_GROUP: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """What the warps that multiply do: the step itself."""
+    WIDE: gl.constexpr = SIZES.WIDE
+    H: gl.constexpr = SIZES.H
+    D: gl.constexpr = SIZES.D
+    R: gl.constexpr = SIZES.R
+    N: gl.constexpr = SIZES.N
+    K: gl.constexpr = SIZES.K
+    BLOCK_B: gl.constexpr = SIZES.BLOCK_B
+    BLOCK_N: gl.constexpr = SIZES.BLOCK_N
+    BLOCK_C: gl.constexpr = SIZES.BLOCK_C
+    O_ROWS: gl.constexpr = SIZES.O_ROWS
+    O_SPACE: gl.constexpr = SIZES.O_SPACE
+    P_SPACE: gl.constexpr = SIZES.P_SPACE
+    HAS_BIAS: gl.constexpr = SIZES.HAS_BIAS
+    NORM: gl.constexpr = SIZES.NORM
+    PROGRAMS: gl.constexpr = SIZES.PROGRAMS
+    WARPS: gl.constexpr = SIZES.WARPS
     LOW_WIDTH: gl.constexpr = R + 2 * N
     LOW_ROWS: gl.constexpr = HIGH * WIDE // BLOCK_C
-    LOW_STAGES: gl.constexpr = (LOW_WIDTH + LOW_ROWS - 1) // LOW_ROWS
     DT_STAGES: gl.constexpr = (R + LOW_ROWS - 1) // LOW_ROWS
     C_SPACE: gl.constexpr = BLOCK_C // HIGH
     # whether the convolution's past is read a phase ahead: with more rows, a thread has no registers for that
     EARLY: gl.constexpr = BLOCK_B == 8
     x_kept, z_kept, dt_kept, low_kept = kept
-    TILES: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     BLOCKS: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 8])
     OPERAND: gl.constexpr = gl.DotOperandLayout(1, BLOCKS, 8)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -152,12 +136,11 @@ def _advance(
     )
     OUTPUT: gl.constexpr = gl.SliceLayout(1, O_SUMS)
     # [8, channels, N]
-    STATE: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [WARPS // S_WARPS, S_WARPS, 1], [2, 1, 0])
+    STATE: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [WARPS // SIZES.S_WARPS, SIZES.S_WARPS, 1], [2, 1, 0])
     STATE_C: gl.constexpr = gl.SliceLayout(2, STATE)
     STATE_N: gl.constexpr = gl.SliceLayout(1, STATE)
-    # one value per program for each of B; of some sums, 4 outputs a thread; [B, R]
+    # one value per program for each of B; [B, R]
     EACH: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_B, BLOCK_B // 4], [WARPS, 1], [1, 0])
-    SHARES: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_L, BLOCK_L // 4], [WARPS, 1], [1, 0])
     LOW: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
 
     pid = gl.program_id(0)
@@ -171,7 +154,8 @@ def _advance(
     squares_ptr += group * BLOCK_B
     counter_ptr += group * 32
     rows = gl.minimum(rows - group * BLOCK_B, BLOCK_B)
-    first_c, count_c = _own_channels(D, PROGRAMS)
+    first_c, count_c = _own_channels(SIZES)
+    own_c = first_c, count_c
     first_o, count_o = _share(H, PROGRAMS)
     first_l, count_l = _share(LOW_WIDTH * BLOCK_B // 4, PROGRAMS)
 
@@ -180,30 +164,12 @@ def _advance(
     ssm_slots = ()
     for part in gl.static_range(BLOCK_B // 8):
         ssm_slots += (_slots(slots_ptr, part * 8 + _indices_3d(8, BLOCK_C, BLOCK_N, STATE)[0], rows),)
-    residual, gain = _begin(
-        tokens_ptr, embeddings_ptr, gain_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, OUTPUT
-    )
-    _tell(residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, GROUPS, OUTPUT)
+    residual, gain = _begin(tokens_ptr, embeddings_ptr, gain_ptr, first_o, count_o, rows, OUTPUT, SIZES)
+    _tell(residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, OUTPUT, SIZES)
 
     if EARLY:
         taps_at, conv_bias_at = gl.load(table_ptr + TAPS), gl.load(table_ptr + CONV_BIAS)
-        small = _small(
-            taps_at,
-            conv_bias_at,
-            conv_ptr,
-            conv_slot,
-            conv_stride,
-            first_c,
-            count_c,
-            rows,
-            K,
-            C_SPACE,
-            BLOCK_B,
-            HAS_CONV_BIAS,
-            D,
-            TAP_MAJOR,
-            CHANNEL,
-        )
+        small = _small((taps_at, conv_bias_at), (conv_ptr, conv_stride), conv_slot, own_c, rows, CHANNEL, SIZES)
 
     at = (pid * 0, pid * 0)
     target = 0
@@ -222,23 +188,8 @@ def _advance(
         _count(counter_ptr)
         # what is small and this program's own, on its way while it waits
         if not EARLY:
-            past, newest, columns = _past(
-                taps_at,
-                conv_bias_at,
-                conv_ptr,
-                conv_slot,
-                conv_stride,
-                first_c,
-                count_c,
-                rows,
-                K,
-                C_SPACE,
-                BLOCK_B,
-                HAS_CONV_BIAS,
-                D,
-                TAP_MAJOR,
-                CHANNEL,
-            )
+            weights_at, conv = (taps_at, conv_bias_at), (conv_ptr, conv_stride)
+            past, newest, columns = _past(weights_at, conv, conv_slot, own_c, rows, CHANNEL, SIZES)
         if HAS_BIAS:
             tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)
             c = tile * HIGH + row
@@ -257,12 +208,12 @@ def _advance(
         for j in gl.static_range(H // WIDE):
             hidden += (_inputs(gained_ptr, j * WIDE, rows, WIDE, H, BLOCK_B, WARPS),)
         p, b = _indices_2d(P_SPACE, BLOCK_B, EACH)
-        squares_at = squares_ptr + (p * (GROUPS * BLOCK_B) + b)
+        squares_at = squares_ptr + (p * (SIZES.GROUPS * BLOCK_B) + b)
         squares = gl.load(squares_at, mask=(p < PROGRAMS) & (b >= 0), other=0.0, cache_modifier=".cg")
-        at = _multiply_rows(ring, at, hidden, sums, 0, C_TILES, H // WIDE, BLOCK_B, STAGES, WARPS, GROUP)
+        at = _multiply_rows(ring, at, hidden, sums, 0, SIZES.C_TILES, SIZES)
         scale = 1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps)
         scale = gl.convert_layout(scale, gl.SliceLayout(0, gl.SliceLayout(1, CHANNEL)))[None, None, :]
-        x = _total(sums, C_SPACE, BLOCK_B, WARPS, C_SUMS) * scale
+        x = _total(sums, C_SPACE, C_SUMS, SIZES) * scale
         if HAS_BIAS:
             x += x_bias
         new = x.to(conv_ptr.dtype.element_ty)
@@ -271,7 +222,7 @@ def _advance(
             x = new.to(gl.float32) * small[2 * K - 2].to(gl.float32)
             for j in gl.static_range(K - 1):
                 x += small[j].to(gl.float32) * small[K - 1 + j].to(gl.float32)
-            if HAS_CONV_BIAS:
+            if SIZES.HAS_CONV_BIAS:
                 x += small[2 * K - 1].to(gl.float32)
         else:
             x = past + new.to(gl.float32) * newest
@@ -284,12 +235,7 @@ def _advance(
         if not EARLY:
             dt_bias_at, decay_at = gl.load(entry + DT_BIAS), gl.load(entry + DECAY)
             skip_at, gain_at = gl.load(entry + SKIP), gl.load(entry + GAIN)
-        for i in gl.static_range(LOW_STAGES):
-            acc = gl.zeros([LOW_ROWS, BLOCK_B], gl.float32, BLOCKS)
-            at, acc = _multiply_block(ring, at, inner, acc, WIDE, LOW_ROWS, STAGES, WARPS)
-            row, b = _indices_2d(LOW_ROWS, BLOCK_B, BLOCKS)
-            share_at = shares_ptr + pid * (LOW_WIDTH * BLOCK_B) + ((i * LOW_ROWS + row) * BLOCK_B + b)
-            gl.store(share_at, acc, mask=(i * LOW_ROWS + row < LOW_WIDTH) & (b >= 0))
+        at = _share_low(ring, at, inner, shares_ptr, pid, SIZES)
         target += PROGRAMS
         _count(counter_ptr)
 
@@ -297,7 +243,7 @@ def _advance(
         tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, CHANNEL)
         c = tile * HIGH + row
         mask = (c < count_c) & (b < rows)
-        window_ptr, TAP_STRIDE = _window_at(conv_ptr, conv_slot, conv_stride, first_c + c, D, K, TAP_MAJOR)
+        window_ptr, TAP_STRIDE = _window_at((conv_ptr, conv_stride), conv_slot, first_c + c, SIZES)
         for j in gl.static_range(1, K - 1):
             gl.store(window_ptr + (j - 1) * TAP_STRIDE, columns[j], mask=mask)
         gl.store(window_ptr + (K - 2) * TAP_STRIDE, new, mask=mask)
@@ -307,31 +253,25 @@ def _advance(
         decay_ptr = decay_at.to(gl.pointer_type(gl.float32)) + first_c * N
         a_ptr = gl.multiple_of(decay_ptr + (d * N + n), [1, 1, 16])
         a = gl.load(a_ptr, mask=(d < count_c) & (n < N), other=0.0) * LOG2_E
-        states = (_state(ssm_ptr, ssm_slots[0], ssm_stride, first_c, count_c, N, BLOCK_C, BLOCK_N, STATE),)
+        states = (_state((ssm_ptr, ssm_stride), ssm_slots[0], first_c, count_c, STATE, SIZES),)
         _, d = _indices_2d(8, BLOCK_C, STATE_C)
         dt_bias_ptr = _bf16(dt_bias_at) + first_c
         dt_bias = gl.load(dt_bias_ptr + d, mask=d < count_c, other=0.0).to(gl.float32)
-        skip_ptr = skip_at.to(gl.pointer_type(SKIP_DTYPE)) + first_c
+        skip_ptr = skip_at.to(gl.pointer_type(SIZES.SKIP_DTYPE)) + first_c
         skip = gl.load(skip_ptr + d, mask=d < count_c, other=0.0).to(gl.float32)
         tile, row, b = _indices_3d(O_SPACE, HIGH, BLOCK_B, OUTPUT)
         o = tile * O_ROWS + row
         next_gain_ptr = _bf16(gain_at) + first_o
         gain = gl.load(next_gain_ptr + o, mask=(row < O_ROWS) & (o < count_o), other=0.0).to(gl.float32)
-        at = _multiply_rows(ring, at, hidden, sums, 0, Z_TILES, H // WIDE, BLOCK_B, STAGES, WARPS, GROUP)
+        at = _multiply_rows(ring, at, hidden, sums, 0, SIZES.Z_TILES, SIZES)
 
         _await(counter_ptr, target)
-        p, i = _indices_2d(P_SPACE, BLOCK_L, SHARES)
-        some_at = gl.multiple_of(shares_ptr + (p * (LOW_WIDTH * BLOCK_B) + first_l * 4 + i), [1, 16])
-        mask = gl.max_constancy((p < PROGRAMS) & (i < count_l * 4), [1, 4])
-        total = gl.sum(gl.load(some_at, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
-        i = gl.arange(0, BLOCK_L, layout=gl.SliceLayout(0, SHARES)) + _nothing()
-        index = first_l * 4 + i
-        gl.store(low_ptr + index % BLOCK_B * LOW_WIDTH + index // BLOCK_B, total, mask=i < count_l * 4)
+        _sum_low(shares_ptr, low_ptr, first_l, count_l, SIZES)
         target += PROGRAMS
         _count(counter_ptr)
 
-        at = _multiply_rows(ring, at, hidden, sums, Z_TILES, C_TILES, H // WIDE, BLOCK_B, STAGES, WARPS, GROUP)
-        z = _total(sums, C_SPACE, BLOCK_B, WARPS, C_SUMS) * scale
+        at = _multiply_rows(ring, at, hidden, sums, SIZES.Z_TILES, SIZES.C_TILES, SIZES)
+        z = _total(sums, C_SPACE, C_SUMS, SIZES) * scale
         if HAS_BIAS:
             z += z_bias
         z = z.to(gl.bfloat16).to(gl.float32)
@@ -345,11 +285,11 @@ def _advance(
             low = gl.load(low_ptr + (b * LOW_WIDTH + i * LOW_ROWS + r), mask=mask, other=0.0, cache_modifier=".cg")
             power += gl.sum(low * low, axis=1)
             low_kept.index(i).store(low.to(gl.bfloat16))
-        inputs = (_inputs_of_state(low_ptr, 0, R, N, BLOCK_N, STATE_N),)
+        inputs = (_inputs_of_state(low_ptr, 0, STATE_N, SIZES),)
         dt = gl.zeros([BLOCK_C, BLOCK_B], gl.float32, BLOCKS)
         for i in gl.static_range(DT_STAGES):
             low = low_kept.index(i).permute((1, 0)).load(OPERAND)
-            at, dt = _multiply_block(ring, at, low, dt, WIDE, BLOCK_C, STAGES, WARPS)
+            at, dt = _multiply_block(ring, at, low, dt, BLOCK_C, SIZES)
         if NORM:
             power = gl.convert_layout(power, gl.SliceLayout(0, BLOCKS))
             dt = dt / gl.sqrt(power / R + inner_eps)[None, :]
@@ -358,9 +298,9 @@ def _advance(
         for part in gl.static_range(BLOCK_B // 8):
             b_, c_ = inputs[part]
             if part + 1 < BLOCK_B // 8:
-                inputs += (_inputs_of_state(low_ptr, part + 1, R, N, BLOCK_N, STATE_N),)
+                inputs += (_inputs_of_state(low_ptr, part + 1, STATE_N, SIZES),)
                 slot = ssm_slots[part + 1]
-                states += (_state(ssm_ptr, slot, ssm_stride, first_c, count_c, N, BLOCK_C, BLOCK_N, STATE),)
+                states += (_state((ssm_ptr, ssm_stride), slot, first_c, count_c, STATE, SIZES),)
             if NORM:
                 b_ = b_ / gl.sqrt(gl.sum(b_ * b_, axis=1) / N + inner_eps)[:, None]
                 c_ = c_ / gl.sqrt(gl.sum(c_ * c_, axis=1) / N + inner_eps)[:, None]
@@ -384,52 +324,14 @@ def _advance(
         if EARLY:
             # of the layer that follows; behind the last, of none that is
             next_ptr = conv_ptr + gl.where(layer + 1 < layers, conv_layer_stride, 0)
-            small = _small(
-                taps_at,
-                conv_bias_at,
-                next_ptr,
-                conv_slot,
-                conv_stride,
-                first_c,
-                count_c,
-                rows,
-                K,
-                C_SPACE,
-                BLOCK_B,
-                HAS_CONV_BIAS,
-                D,
-                TAP_MAJOR,
-                CHANNEL,
-            )
+            small = _small((taps_at, conv_bias_at), (next_ptr, conv_stride), conv_slot, own_c, rows, CHANNEL, SIZES)
         _await(counter_ptr, target)
 
-        pieces = ()
-        for j in gl.static_range(DEPTH if DEPTH < D // WIDE else D // WIDE):
-            pieces += (_inputs(y_ptr, j * WIDE, rows, WIDE, D, BLOCK_B, WARPS),)
-        accs = ()
-        for _ in gl.static_range(O_TILES):
-            accs += (gl.zeros([WARPS, HIGH, BLOCK_B], gl.float32, TILES),)
-        for first in gl.static_range(0, D // WIDE, O_GROUP):
-            for j in gl.static_range(first + DEPTH, first + DEPTH + O_GROUP):
-                if j < D // WIDE:
-                    pieces += (_inputs(y_ptr, j * WIDE, rows, WIDE, D, BLOCK_B, WARPS),)
-            at, w = _take(
-                ring, at, O_TILES * (O_GROUP if first + O_GROUP <= D // WIDE else D // WIDE - first), STAGES, WARPS
-            )
-            for j in gl.static_range(O_GROUP):
-                if first + j < D // WIDE:
-                    news = ()
-                    for t in gl.static_range(O_TILES):
-                        news += (mma_v2(w[j * O_TILES + t], pieces[first + j], accs[t]),)
-                    accs = news
-        for t in gl.static_range(O_TILES):
-            sums.index(t).store(accs[t])
+        at = _multiply_out(ring, at, y_ptr, rows, sums, SIZES)
         tile, row, b = _indices_3d(O_SPACE, HIGH, BLOCK_B, OUTPUT)
         mask = (row < O_ROWS) & (tile * O_ROWS + row < count_o) & (b < rows)
-        residual += gl.where(mask, _total(sums, O_SPACE, BLOCK_B, WARPS, O_SUMS), 0.0)
-        _tell(
-            residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, H, BLOCK_B, O_ROWS, O_SPACE, GROUPS, OUTPUT
-        )
+        residual += gl.where(mask, _total(sums, O_SPACE, O_SUMS, SIZES), 0.0)
+        _tell(residual, gain, gained_ptr, squares_ptr, first_o, count_o, rows, OUTPUT, SIZES)
         conv_ptr += conv_layer_stride
         ssm_ptr += ssm_layer_stride
 
@@ -461,49 +363,22 @@ def persistent_rows_kernel(
     ssm_stride,
     eps,
     inner_eps,
-    WIDE: gl.constexpr,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    BLOCK_B: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_C: gl.constexpr,
-    BLOCK_L: gl.constexpr,
-    P_SPACE: gl.constexpr,
-    C_TILES: gl.constexpr,
-    Z_TILES: gl.constexpr,
-    O_TILES: gl.constexpr,
-    O_ROWS: gl.constexpr,
-    O_SPACE: gl.constexpr,
-    SKIP_DTYPE: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    HAS_CONV_BIAS: gl.constexpr,
-    TAP_MAJOR: gl.constexpr,
-    NORM: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-    GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-    OUT_AHEAD: gl.constexpr,
-    S_WARPS: gl.constexpr,
-    DEPTH: gl.constexpr,
-    GROUP: gl.constexpr,
-    O_GROUP: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """gained [B, H] and squares [PROGRAMS, GROUPS BLOCK_B] of the last residual for tokens [B], states moved on.
 
     table [layers, FIELDS] int64 addresses. slots [B]. shares [GROUPS, PROGRAMS, R + 2 N, BLOCK_B], low [GROUPS BLOCK_B,
     R + 2 N] fp32, y [B, D]: room for what programs tell each other. counter [32 GROUPS] int32 is zero before and after.
-    COPIERS warps copy, AHEAD stages and one
-    more at a time, OUT_AHEAD and one more of out_proj's.
     """
-    LOW_WIDTH: gl.constexpr = R + 2 * N
+    WIDE: gl.constexpr = SIZES.WIDE
+    BLOCK_B: gl.constexpr = SIZES.BLOCK_B
+    BLOCK_C: gl.constexpr = SIZES.BLOCK_C
+    O_SPACE: gl.constexpr = SIZES.O_SPACE
+    STAGES: gl.constexpr = SIZES.STAGES
+    WARPS: gl.constexpr = SIZES.WARPS
+    COPIERS: gl.constexpr = SIZES.COPIERS
     LOW_ROWS: gl.constexpr = HIGH * WIDE // BLOCK_C
-    DT_STAGES: gl.constexpr = (R + LOW_ROWS - 1) // LOW_ROWS
+    DT_STAGES: gl.constexpr = (SIZES.R + LOW_ROWS - 1) // LOW_ROWS
     SPACE: gl.constexpr = O_SPACE if O_SPACE > BLOCK_C // HIGH else BLOCK_C // HIGH
     # a quarter of a warp reads 64 bytes of two rows: into different banks
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(32, 1, WIDE // WARPS // 32, [2, 1, 0])
@@ -553,60 +428,10 @@ def persistent_rows_kernel(
                     ssm_stride,
                     eps,
                     inner_eps,
-                    WIDE,
-                    H,
-                    D,
-                    R,
-                    N,
-                    K,
-                    BLOCK_B,
-                    BLOCK_N,
-                    BLOCK_C,
-                    BLOCK_L,
-                    P_SPACE,
-                    C_TILES,
-                    Z_TILES,
-                    O_TILES,
-                    O_ROWS,
-                    O_SPACE,
-                    SKIP_DTYPE,
-                    HAS_BIAS,
-                    HAS_CONV_BIAS,
-                    TAP_MAJOR,
-                    NORM,
-                    PROGRAMS,
-                    GROUPS,
-                    STAGES,
-                    WARPS,
-                    S_WARPS,
-                    DEPTH,
-                    GROUP,
-                    O_GROUP,
+                    SIZES,
                 ),
             ),
-            (
-                _copy_weights,
-                (
-                    ring,
-                    table_ptr,
-                    layers,
-                    WIDE,
-                    H,
-                    D,
-                    R,
-                    LOW_WIDTH,
-                    BLOCK_C,
-                    C_TILES,
-                    O_TILES,
-                    O_ROWS,
-                    STAGES,
-                    WARPS,
-                    COPIERS,
-                    AHEAD,
-                    OUT_AHEAD,
-                    PROGRAMS,
-                ),
-            ),
+            (_copy_weights, (ring, table_ptr, layers, SIZES)),
         ],
         [COPIERS],
         [COPIER_REGISTERS],

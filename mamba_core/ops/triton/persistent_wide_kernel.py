@@ -335,9 +335,7 @@ def persistent_wide_kernel(
     """gained [B, H] and squares [32, 64] of the last residual for tokens [B], states in slots [B] moved on.
 
     table [layers, FIELDS] int64 addresses. shares [128, 64, R + 2 N], low [64, R + 2 N] and parts [4, 64, H] fp32, dt
-    like low, y [B, D]: room for what programs tell each other. counters are zero before and after. A program has A + B
-    outputs of the large products; there are at most SPACE rows. COPIERS warps copy weights, AHEAD tiles and one more at
-    a time, and as many inputs; states of DEPTH times PART rows are on their way.
+    like low, y [B, D]: room for what programs tell each other. counters are zero before and after.
     """
     A: gl.constexpr = SIZES.A
     STAGES: gl.constexpr = SIZES.STAGES
