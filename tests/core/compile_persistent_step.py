@@ -7,7 +7,7 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-from mamba_core.ops.triton.persistent_step import launch_constants
+from mamba_core.ops.triton.persistent_step import sizes_for
 from mamba_core.ops.triton.persistent_step_kernel import persistent_step_kernel
 from tests.compiling import compiled_for_hopper, persistent_facts, print_records, source_of
 
@@ -30,23 +30,25 @@ SIZES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
         ODD,
     ),
 ]
-USUAL = {"HAS_BIAS": False, "HAS_CONV_BIAS": True, "TAP_MAJOR": True, "NORM": False, "SKIP_DTYPE": gl.float32}
 TYPES = {
     **dict.fromkeys(("table_ptr", "tokens_ptr", "slots_ptr"), "*i64"),
     **dict.fromkeys(("low_ptr", "squares_ptr", "ssm_ptr"), "*fp32"),
     "counter_ptr": "*i32",
     "inner_eps": "fp32",
 }
+UNALIGNED = frozenset({"layers", "inner_eps"})
 # written by other programs of the same launch
 SHARED = ("gained_ptr", "squares_ptr", "x_ptr", "low_ptr", "y_ptr")
 
 
 def compile_all() -> Iterator[dict[str, Any]]:
     for width, rank, states, taps, weight_bytes, changes in SIZES:
-        own = {"WEIGHT_DTYPE": gl.bfloat16 if weight_bytes == 2 else gl.int8} | changes
-        constants = launch_constants(width, rank, states, taps, PROGRAMS, weight_bytes) | USUAL | own
-        source = source_of(persistent_step_kernel, constants, TYPES, unaligned=frozenset({"layers", "inner_eps"}))
-        compiled = compiled_for_hopper(source, num_warps=constants["WARPS"])
+        sizes = sizes_for(width, rank, states, taps, PROGRAMS, weight_bytes)
+        sizes = sizes._replace(WEIGHT_DTYPE=gl.bfloat16 if weight_bytes == 2 else gl.int8, **changes)
+        source = source_of(
+            persistent_step_kernel, {"SIZES": sizes}, TYPES, unaligned=frozenset({"layers", "inner_eps"})
+        )
+        compiled = compiled_for_hopper(source, num_warps=sizes.WARPS)
         yield {
             "width": width,
             **persistent_facts(compiled),

@@ -16,7 +16,7 @@ from torch import Tensor
 from mamba_core import MambaCache, MambaForCausalLM, fused_step, single_step
 from mamba_core.ops import Packing
 from mamba_core.ops.triton import persistent, persistent_step
-from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, is_applicable, launch_constants, locate
+from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, is_applicable, locate, sizes_for
 from mamba_core.ops.triton.step import MAX_TILES
 from mamba_core.quantization import quantize_int8
 from tests.compiling import records_of
@@ -167,18 +167,18 @@ def test_it_is_taken_for_one_row_alone(tiny_model: MakeModel, monkeypatch: pytes
 @pytest.mark.parametrize("programs", [78, 132, 148])
 @pytest.mark.parametrize("weight_bytes", [1, 2])
 def test_every_row_has_room(width: int, programs: int, weight_bytes: int) -> None:
-    constants = launch_constants(width, width // 16, 16, 4, programs, weight_bytes)
-    stage_bytes = constants["GROUPS"] * constants["WARPS"] * 256 * weight_bytes * (width // 512)
-    assert 2 * stage_bytes <= constants["STAGES"] * stage_bytes < SHARED_BYTES
-    rows = constants["GROUPS"] * constants["WARPS"] // 2
+    sizes = sizes_for(width, width // 16, 16, 4, programs, weight_bytes)
+    stage_bytes = sizes.PARTS * 256 * weight_bytes * (width // 512)
+    assert 2 * stage_bytes <= sizes.STAGES * stage_bytes < SHARED_BYTES
+    rows = sizes.PARTS // 2
     for block, size, stage_rows in (
         ("BLOCK_C", 2 * width, rows),
         ("BLOCK_O", width, rows // 2),
         ("BLOCK_P", width // 16 + 32, rows // 2),
     ):
         stages = triton.cdiv(triton.cdiv(size, programs), stage_rows)
-        assert constants[block] >= stages * stage_rows
-    assert constants["R_HIGH"] + constants["R_LOW"] >= constants["R"]
+        assert getattr(sizes, block) >= stages * stage_rows
+    assert sizes.R_HIGH + sizes.R_LOW >= sizes.R
 
 
 @pytest.fixture(scope="module")

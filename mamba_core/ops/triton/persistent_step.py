@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from mamba_core.ops.triton.layout import is_tap_major
 from mamba_core.ops.triton.persistent_step_kernel import persistent_step_kernel
+from mamba_core.ops.triton.persistent_step_tiles import Sizes
 
 # columns of which a stage holds whole tiles; the least a product must be wide
 _TILE = 512
@@ -136,7 +137,7 @@ def step(
     layer, device = weights.layers[0], embeddings.device
     width, rank, states, taps = layer.sizes()
     programs = torch.cuda.get_device_properties(device).multi_processor_count
-    constants = launch_constants(width, rank, states, taps, programs, layer.in_proj.itemsize)
+    sizes = sizes_for(width, rank, states, taps, programs, layer.in_proj.itemsize)
 
     def room(size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
@@ -161,29 +162,21 @@ def step(
         *ssm_state.stride()[:2],
         eps,
         inner_eps or 0.0,
-        WEIGHT_DTYPE=_WEIGHT_DTYPES[layer.in_proj.dtype],
-        **launch_options(layer, inner_eps, conv_state, constants),
+        SIZES=sizes._replace(
+            WEIGHT_DTYPE=_WEIGHT_DTYPES[layer.in_proj.dtype],
+            HAS_BIAS=layer.in_bias is not None,
+            NORM=inner_eps is not None,
+            **kind(layer, conv_state),
+        ),
+        num_warps=sizes.WARPS,
+        # all programs at once or none: they wait for each other
+        launch_cooperative_grid=True,
     )
     return gained[None], squares[:, None]
 
 
-def launch_options(
-    layer: LayerWeights, inner_eps: float | None, conv_state: Tensor, constants: dict[str, int]
-) -> dict[str, Any]:
-    """What such a kernel is launched with by name: the kind of its model and of its state, and ``constants``."""
-    return {
-        "HAS_BIAS": layer.in_bias is not None,
-        "NORM": inner_eps is not None,
-        **constants,
-        **kind(layer, conv_state),
-        "num_warps": constants["WARPS"],
-        # all programs at once or none: they wait for each other
-        "launch_cooperative_grid": True,
-    }
-
-
 def kind(layer: LayerWeights, conv_state: Tensor) -> dict[str, Any]:
-    """What every kernel for all layers is compiled for besides their sizes: the kind of model, and of its state."""
+    """What every kernel for all layers is compiled for besides sizes: the kind of model, and of its state."""
     return {
         "SKIP_DTYPE": _SKIP_DTYPES[layer.skip.dtype],
         "HAS_CONV_BIAS": layer.conv_bias is not None,
@@ -191,35 +184,39 @@ def kind(layer: LayerWeights, conv_state: Tensor) -> dict[str, Any]:
     }
 
 
-def launch_constants(
-    width: int, rank: int, states: int, taps: int, programs: int, weight_bytes: int = 2
-) -> dict[str, int]:
-    """What the kernel is compiled for besides the kind of model: its sizes, and how they are shared out."""
-    groups = _WARP_BYTES // (256 * weight_bytes)
+def sizes_for(width: int, rank: int, states: int, taps: int, programs: int, weight_bytes: int = 2) -> Sizes:
+    """The sizes of the layers, and how they are shared out, for any kind of model."""
+    parts = _WARP_BYTES // (256 * weight_bytes) * _WARPS
     stage_bytes = _WARPS * _WARP_BYTES * (width // _TILE)
-    rows, wide_rows = groups * _WARPS // 2, groups * _WARPS // 4
+    rows, wide_rows = parts // 2, parts // 4
     high = 1 << (rank.bit_length() - 1)
 
-    def room_for(size: int, rows: int) -> int:
-        """The rows of the program with most of them, in whole stages."""
-        return triton.next_power_of_2(triton.cdiv(triton.cdiv(size, programs), rows) * rows)
+    def stages(size: int, rows: int) -> int:
+        """Those of the program with most of ``size`` rows."""
+        return triton.cdiv(triton.cdiv(size, programs), rows)
 
-    return {
-        "H": width,
-        "D": 2 * width,
-        "R": rank,
-        "N": states,
-        "K": taps,
-        "R_HIGH": high,
-        "R_LOW": triton.next_power_of_2(rank - high) if rank > high else 0,
-        "BLOCK_N": triton.next_power_of_2(states),
-        "BLOCK_C": room_for(2 * width, rows),
-        "BLOCK_O": room_for(width, wide_rows),
-        "BLOCK_P": room_for(rank + 2 * states, wide_rows),
-        "PROGRAMS": programs,
-        "GROUPS": groups,
-        "STAGES": min(_RING_BYTES // stage_bytes, _MAX_STAGES),
-        "WARPS": _WARPS,
-        "COPIERS": _COPIERS,
-        "AHEAD": max(1, triton.cdiv(_BYTES_AHEAD, stage_bytes) - 1),
-    }
+    x_stages, p_stages = stages(2 * width, rows), stages(rank + 2 * states, wide_rows)
+    o_stages = stages(width, wide_rows)
+    return Sizes(
+        H=width,
+        D=2 * width,
+        R=rank,
+        N=states,
+        K=taps,
+        R_HIGH=high,
+        R_LOW=triton.next_power_of_2(rank - high) if rank > high else 0,
+        BLOCK_N=triton.next_power_of_2(states),
+        BLOCK_C=triton.next_power_of_2(x_stages * rows),
+        BLOCK_O=triton.next_power_of_2(o_stages * wide_rows),
+        BLOCK_P=triton.next_power_of_2(p_stages * wide_rows),
+        X_STAGES=x_stages,
+        Z_STAGES=x_stages // 2,
+        P_STAGES=p_stages,
+        O_STAGES=o_stages,
+        PROGRAMS=programs,
+        PARTS=parts,
+        STAGES=min(_RING_BYTES // stage_bytes, _MAX_STAGES),
+        WARPS=_WARPS,
+        COPIERS=_COPIERS,
+        AHEAD=max(1, triton.cdiv(_BYTES_AHEAD, stage_bytes) - 1),
+    )

@@ -89,35 +89,26 @@ def _advance(
     ssm_stride,
     eps,
     inner_eps,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    R_HIGH: gl.constexpr,
-    R_LOW: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_C: gl.constexpr,
-    BLOCK_O: gl.constexpr,
-    BLOCK_P: gl.constexpr,
-    SKIP_DTYPE: gl.constexpr,
-    NX: gl.constexpr,
-    NZ: gl.constexpr,
-    NP: gl.constexpr,
-    NO: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    HAS_CONV_BIAS: gl.constexpr,
-    TAP_MAJOR: gl.constexpr,
-    NORM: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-    GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """What the warps that multiply do: the step itself."""
-    SUBS: gl.constexpr = H // 512
+    H: gl.constexpr = SIZES.H
+    D: gl.constexpr = SIZES.D
+    R: gl.constexpr = SIZES.R
+    N: gl.constexpr = SIZES.N
+    K: gl.constexpr = SIZES.K
+    R_HIGH: gl.constexpr = SIZES.R_HIGH
+    R_LOW: gl.constexpr = SIZES.R_LOW
+    BLOCK_N: gl.constexpr = SIZES.BLOCK_N
+    BLOCK_C: gl.constexpr = SIZES.BLOCK_C
+    BLOCK_O: gl.constexpr = SIZES.BLOCK_O
+    BLOCK_P: gl.constexpr = SIZES.BLOCK_P
+    X_STAGES: gl.constexpr = SIZES.X_STAGES
+    Z_STAGES: gl.constexpr = SIZES.Z_STAGES
+    HAS_BIAS: gl.constexpr = SIZES.HAS_BIAS
+    PROGRAMS: gl.constexpr = SIZES.PROGRAMS
+    WARPS: gl.constexpr = SIZES.WARPS
     LOW_WIDTH: gl.constexpr = R + 2 * N
-    PARTS: gl.constexpr = GROUPS * WARPS
     SHARES: gl.constexpr = 2
     WIDE_SHARES: gl.constexpr = 4
     x_sums, z_sums, p_sums, o_sums = sums
@@ -157,8 +148,8 @@ def _advance(
 
     token = gl.load(tokens_ptr)
     home = gl.load(slots_ptr)
-    CHANNEL_STRIDE: gl.constexpr = 1 if TAP_MAJOR else K - 1
-    TAP_STRIDE: gl.constexpr = D if TAP_MAJOR else 1
+    CHANNEL_STRIDE: gl.constexpr = 1 if SIZES.TAP_MAJOR else K - 1
+    TAP_STRIDE: gl.constexpr = D if SIZES.TAP_MAJOR else 1
     conv_ptr += home * conv_stride + first_c * CHANNEL_STRIDE
     ssm_ptr += home * ssm_stride
     residual = gl.load(embeddings_ptr + token * H + first_o + o, mask=mask_o, other=0.0).to(gl.float32)
@@ -178,7 +169,7 @@ def _advance(
         dt_ptr = _bf16(gl.load(entry + DT_PROJ)) + first_c * R
         dt_bias_ptr = _bf16(gl.load(entry + DT_BIAS)) + first_c + d
         decay_ptr = gl.load(entry + DECAY).to(gl.pointer_type(gl.float32)) + tile
-        skip_ptr = gl.load(entry + SKIP).to(gl.pointer_type(SKIP_DTYPE)) + first_c + d
+        skip_ptr = gl.load(entry + SKIP).to(gl.pointer_type(SIZES.SKIP_DTYPE)) + first_c + d
         next_gain_ptr = _bf16(gl.load(entry + GAIN)) + first_o + o
         x_scales = _scales(entry + IN_SCALES, first_c + c, mask_c, IS_INT8)
         z_scales = _scales(entry + IN_SCALES, D + first_c + c, mask_c, IS_INT8)
@@ -186,7 +177,7 @@ def _advance(
         o_scales = _scales(entry + OUT_SCALES, first_o + o, mask_o, IS_INT8)
         window_ptr = conv_ptr + c * CHANNEL_STRIDE
         past = gl.zeros([BLOCK_C], gl.float32, CHANNEL)
-        if HAS_CONV_BIAS:
+        if SIZES.HAS_CONV_BIAS:
             past += gl.load(conv_bias_ptr, mask=mask_c, other=0.0).to(gl.float32)
         columns = ()
         for j in gl.static_range(K - 1):
@@ -202,9 +193,9 @@ def _advance(
             residual += gl.load(out_bias_ptr, mask=mask_o, other=0.0).to(gl.float32)
         _await(counter_ptr, target)
 
-        hidden = _inputs(gained_ptr, SHARES, SUBS, WARPS)
+        hidden = _inputs(gained_ptr, SHARES, SIZES)
         squares = gl.load(squares_ptr + each, mask=each < PROGRAMS, other=0.0, cache_modifier=".cg")
-        at = _multiply(ring, at, hidden, x_sums, 0, NX, SHARES, SUBS, PARTS, STAGES, WARPS)
+        at = _multiply(ring, at, hidden, x_sums, 0, X_STAGES, SHARES, SIZES)
         scale = 1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps)
         x = _total(x_sums, BLOCK_C, SHARES, CHANNELS) * (x_scales * scale)
         if HAS_BIAS:
@@ -234,17 +225,17 @@ def _advance(
         h = gl.load(ssm_ptr + tile, mask=mask, other=0.0).to(gl.float32)
         gain = gl.load(next_gain_ptr, mask=mask_o, other=0.0).to(gl.float32)
 
-        at = _multiply(ring, at, hidden, z_sums, 0, NZ, SHARES, SUBS, PARTS, STAGES, WARPS)
+        at = _multiply(ring, at, hidden, z_sums, 0, Z_STAGES, SHARES, SIZES)
 
         _await(counter_ptr, target)
-        inner = _inputs(x_ptr, WIDE_SHARES, SUBS, WARPS)
-        at = _multiply(ring, at, inner, p_sums, 0, NP, WIDE_SHARES, SUBS, PARTS, STAGES, WARPS)
+        inner = _inputs(x_ptr, WIDE_SHARES, SIZES)
+        at = _multiply(ring, at, inner, p_sums, 0, SIZES.P_STAGES, WIDE_SHARES, SIZES)
         low = _total(p_sums, BLOCK_P, WIDE_SHARES, OUTPUTS) * p_scales
         gl.store(low_ptr + first_p + p, low, mask=p < count_p)
         target += PROGRAMS
         _count(counter_ptr)
 
-        at = _multiply(ring, at, hidden, z_sums, NZ, NX, SHARES, SUBS, PARTS, STAGES, WARPS)
+        at = _multiply(ring, at, hidden, z_sums, Z_STAGES, X_STAGES, SHARES, SIZES)
         z = _total(z_sums, BLOCK_C, SHARES, CHANNELS) * (z_scales * scale)
         if HAS_BIAS:
             z += z_bias
@@ -260,7 +251,7 @@ def _advance(
             low = gl.load(low_ptr + low_r, mask=low_r < R, other=0.0, cache_modifier=".cg")
             power += gl.sum(low * low, axis=0)
             dt += gl.convert_layout(gl.sum(w_low.to(gl.float32) * low[None, :], axis=1), STATE_D)
-        if NORM:
+        if SIZES.NORM:
             dt = dt / gl.sqrt(power / R + inner_eps)
             b = b / gl.sqrt(gl.sum(b * b, axis=0) / N + inner_eps)
             c_ = c_ / gl.sqrt(gl.sum(c_ * c_, axis=0) / N + inner_eps)
@@ -275,8 +266,8 @@ def _advance(
         gl.store(ssm_ptr + tile, h.to(ssm_ptr.dtype.element_ty), mask=mask)
         _await(counter_ptr, target)
 
-        inner = _inputs(y_ptr, WIDE_SHARES, SUBS, WARPS)
-        at = _multiply(ring, at, inner, o_sums, 0, NO, WIDE_SHARES, SUBS, PARTS, STAGES, WARPS)
+        inner = _inputs(y_ptr, WIDE_SHARES, SIZES)
+        at = _multiply(ring, at, inner, o_sums, 0, SIZES.O_STAGES, WIDE_SHARES, SIZES)
         residual += gl.where(mask_o, _total(o_sums, BLOCK_O, WIDE_SHARES, OUTPUTS) * o_scales, 0.0)
         gl.store(gained_ptr + first_o + o, (residual * gain).to(gl.bfloat16), mask=mask_o)
         gl.store(squares_ptr + pid, gl.sum(residual * residual, axis=0))
@@ -310,55 +301,30 @@ def persistent_step_kernel(
     ssm_stride,
     eps,
     inner_eps,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    R: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    R_HIGH: gl.constexpr,
-    R_LOW: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_C: gl.constexpr,
-    BLOCK_O: gl.constexpr,
-    BLOCK_P: gl.constexpr,
-    SKIP_DTYPE: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    HAS_CONV_BIAS: gl.constexpr,
-    TAP_MAJOR: gl.constexpr,
-    NORM: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-    GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-    WEIGHT_DTYPE: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """gained [H] and squares [PROGRAMS] of the last residual for token [1], states in slot [1] moved on.
 
     table [layers, FIELDS] int64 addresses. x, y [D], low [R + 2 N] fp32: room for what programs tell each other.
-    R_HIGH + R_LOW >= R. counter is zero before and after. COPIERS warps copy, AHEAD stages and one more at a time.
-    WEIGHT_DTYPE of the three large products: bfloat16, or int8 with scales.
+    counter is zero before and after.
     """
-    LOW_WIDTH: gl.constexpr = R + 2 * N
+    BLOCK_C: gl.constexpr = SIZES.BLOCK_C
+    BLOCK_O: gl.constexpr = SIZES.BLOCK_O
+    BLOCK_P: gl.constexpr = SIZES.BLOCK_P
+    PARTS: gl.constexpr = SIZES.PARTS
+    STAGES: gl.constexpr = SIZES.STAGES
     # rows of a stage, of in_proj and of the products that are twice as wide
-    PARTS: gl.constexpr = GROUPS * WARPS
     ROWS: gl.constexpr = PARTS // 2
     WIDE_ROWS: gl.constexpr = PARTS // 4
-    # stages of each phase, for the program with most rows
-    NX: gl.constexpr = ((D + PROGRAMS - 1) // PROGRAMS + ROWS - 1) // ROWS
-    NZ: gl.constexpr = NX // 2
-    NP: gl.constexpr = ((LOW_WIDTH + PROGRAMS - 1) // PROGRAMS + WIDE_ROWS - 1) // WIDE_ROWS
-    NO: gl.constexpr = ((H + PROGRAMS - 1) // PROGRAMS + WIDE_ROWS - 1) // WIDE_ROWS
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     SHARED_1D: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles = ()
-    for _ in gl.static_range(H // 512):
-        tiles += (gl.allocate_shared_memory(WEIGHT_DTYPE, [STAGES, PARTS, 256], SHARED),)
+    for _ in gl.static_range(SIZES.H // 512):
+        tiles += (gl.allocate_shared_memory(SIZES.WEIGHT_DTYPE, [STAGES, PARTS, 256], SHARED),)
     filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(filled.index(i), count=COPIERS * 32)
+        mbarrier.init(filled.index(i), count=SIZES.COPIERS * 32)
         mbarrier.init(freed.index(i), count=1)
     ring = (tiles, filled, freed)
     sums = (
@@ -396,53 +362,11 @@ def persistent_step_kernel(
                     ssm_stride,
                     eps,
                     inner_eps,
-                    H,
-                    D,
-                    R,
-                    N,
-                    K,
-                    R_HIGH,
-                    R_LOW,
-                    BLOCK_N,
-                    BLOCK_C,
-                    BLOCK_O,
-                    BLOCK_P,
-                    SKIP_DTYPE,
-                    NX,
-                    NZ,
-                    NP,
-                    NO,
-                    HAS_BIAS,
-                    HAS_CONV_BIAS,
-                    TAP_MAJOR,
-                    NORM,
-                    PROGRAMS,
-                    GROUPS,
-                    STAGES,
-                    WARPS,
+                    SIZES,
                 ),
             ),
-            (
-                _copy_weights,
-                (
-                    ring,
-                    table_ptr,
-                    layers,
-                    H,
-                    D,
-                    LOW_WIDTH,
-                    NX,
-                    NZ,
-                    NP,
-                    NO,
-                    PARTS,
-                    STAGES,
-                    COPIERS,
-                    AHEAD,
-                    PROGRAMS,
-                ),
-            ),
+            (_copy_weights, (ring, table_ptr, layers, SIZES)),
         ],
-        [COPIERS],
+        [SIZES.COPIERS],
         [COPIER_REGISTERS],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -33,6 +35,46 @@ _WIDEN = gl.constexpr("""
 """)
 
 
+class Sizes(NamedTuple):
+    """What the kernel is compiled for.
+
+    H, D, R, N and K of a layer; R_HIGH and R_LOW, powers of two, hold R, and BLOCK_N holds N. Of PROGRAMS programs the
+    one with most has room for BLOCK_C channels, BLOCK_O outputs of out_proj and BLOCK_P of x_proj: X_STAGES stages of
+    in_proj's half, Z_STAGES of which come before x_proj in the second, P_STAGES of x_proj and O_STAGES of out_proj. A
+    stage has PARTS parts of rows, 256 columns each, for WARPS warps that multiply. The ring holds STAGES of them, which
+    COPIERS warps copy, AHEAD and one more at a time. WEIGHT_DTYPE of the three large products: bfloat16, or int8 with
+    scales.
+    """
+
+    H: int
+    D: int
+    R: int
+    N: int
+    K: int
+    R_HIGH: int
+    R_LOW: int
+    BLOCK_N: int
+    BLOCK_C: int
+    BLOCK_O: int
+    BLOCK_P: int
+    X_STAGES: int
+    Z_STAGES: int
+    P_STAGES: int
+    O_STAGES: int
+    PROGRAMS: int
+    PARTS: int
+    STAGES: int
+    WARPS: int
+    COPIERS: int
+    AHEAD: int
+    WEIGHT_DTYPE: Any = gl.bfloat16
+    SKIP_DTYPE: Any = gl.float32
+    HAS_BIAS: bool = False
+    HAS_CONV_BIAS: bool = True
+    TAP_MAJOR: bool = True
+    NORM: bool = False
+
+
 @gluon.jit
 def _widen(tile):
     """Weights in fp32."""
@@ -62,17 +104,16 @@ def _put(
     end,
     WIDTH: gl.constexpr,
     SHARES: gl.constexpr,
-    PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
+    SIZES: gl.constexpr,
 ):
     """Copy stages ``begin`` to ``end`` of rows of W [*, WIDTH] into the next slots of the ring, as they get free."""
     tiles, filled, freed = ring
+    PARTS: gl.constexpr = SIZES.PARTS
+    AHEAD: gl.constexpr = SIZES.AHEAD
     DTYPE: gl.constexpr = tiles[0].dtype
     # 16 bytes
     EACH: gl.constexpr = 128 // DTYPE.primitive_bitwidth
-    COPY: gl.constexpr = gl.BlockedLayout([1, EACH], [EACH // 8, 256 // EACH], [COPIERS, 1], [1, 0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, EACH], [EACH // 8, 256 // EACH], [SIZES.COPIERS, 1], [1, 0])
     part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, COPY))[:, None]
     column = gl.arange(0, 256, layout=gl.SliceLayout(0, COPY))[None, :]
     w_ptr = w_at.to(gl.pointer_type(DTYPE)) + first_row.to(gl.int64) * WIDTH
@@ -89,29 +130,19 @@ def _put(
         async_copy.commit_group()
         # more on its way than keeps memory busy would only stand before the loads that others wait for
         async_copy.wait_group(AHEAD)
-        at = _next(at, STAGES)
+        at = _next(at, SIZES.STAGES)
     return at
 
 
 @gluon.jit
-def _copy_weights(
-    ring,
-    table_ptr,
-    layers,
-    H: gl.constexpr,
-    D: gl.constexpr,
-    LOW_WIDTH: gl.constexpr,
-    NX: gl.constexpr,
-    NZ: gl.constexpr,
-    NP: gl.constexpr,
-    NO: gl.constexpr,
-    PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
-    COPIERS: gl.constexpr,
-    AHEAD: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-):
+def _copy_weights(ring, table_ptr, layers, SIZES: gl.constexpr):
     """What the warps do that copy: all stages of the step, in the order in which they are used."""
+    H: gl.constexpr = SIZES.H
+    D: gl.constexpr = SIZES.D
+    LOW_WIDTH: gl.constexpr = SIZES.R + 2 * SIZES.N
+    X_STAGES: gl.constexpr = SIZES.X_STAGES
+    Z_STAGES: gl.constexpr = SIZES.Z_STAGES
+    PROGRAMS: gl.constexpr = SIZES.PROGRAMS
     first_c, count_c = _share(D, PROGRAMS)
     first_p, count_p = _share(LOW_WIDTH, PROGRAMS)
     first_o, count_o = _share(H, PROGRAMS)
@@ -120,38 +151,27 @@ def _copy_weights(
     for layer in range(layers):
         in_at, p_at, out_at = in_next, p_next, out_next
         in_next, p_next, out_next = _products(table_ptr + gl.minimum(layer + 1, layers - 1) * FIELDS)
-        at = _put(ring, at, in_at, first_c, count_c, 0, NX, H, 2, PARTS, STAGES, COPIERS, AHEAD)
-        at = _put(ring, at, in_at, D + first_c, count_c, 0, NZ, H, 2, PARTS, STAGES, COPIERS, AHEAD)
-        at = _put(ring, at, p_at, first_p, count_p, 0, NP, D, 4, PARTS, STAGES, COPIERS, AHEAD)
-        at = _put(ring, at, in_at, D + first_c, count_c, NZ, NX, H, 2, PARTS, STAGES, COPIERS, AHEAD)
-        at = _put(ring, at, out_at, first_o, count_o, 0, NO, D, 4, PARTS, STAGES, COPIERS, AHEAD)
+        at = _put(ring, at, in_at, first_c, count_c, 0, X_STAGES, H, 2, SIZES)
+        at = _put(ring, at, in_at, D + first_c, count_c, 0, Z_STAGES, H, 2, SIZES)
+        at = _put(ring, at, p_at, first_p, count_p, 0, SIZES.P_STAGES, D, 4, SIZES)
+        at = _put(ring, at, in_at, D + first_c, count_c, Z_STAGES, X_STAGES, H, 2, SIZES)
+        at = _put(ring, at, out_at, first_o, count_o, 0, SIZES.O_STAGES, D, 4, SIZES)
     async_copy.wait_group(0)
 
 
 @gluon.jit
-def _multiply(
-    ring,
-    at,
-    x,
-    sums,
-    begin,
-    end,
-    SHARES: gl.constexpr,
-    SUBS: gl.constexpr,
-    PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
-):
+def _multiply(ring, at, x, sums, begin, end, SHARES: gl.constexpr, SIZES: gl.constexpr):
     """The rows of the next stages times x, each in SHARES shares: sums [stages, rows, SHARES], ``begin`` to ``end``."""
     tiles, filled, freed = ring
-    ROWS: gl.constexpr = PARTS // SHARES
-    TILE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 1, 32], [WARPS // SHARES, SHARES, 1], [2, 1, 0])
+    STAGES: gl.constexpr = SIZES.STAGES
+    ROWS: gl.constexpr = SIZES.PARTS // SHARES
+    TILE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 1, 32], [SIZES.WARPS // SHARES, SHARES, 1], [2, 1, 0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     for stage in range(begin, end):
         slot, turn = at
         mbarrier.wait(filled.index(slot), turn)
         acc = gl.zeros([ROWS, SHARES, 256], gl.float32, TILE)
-        for j in gl.static_range(SUBS):
+        for j in gl.static_range(SIZES.H // 512):
             tile = _view(tiles[j], tiles[j].dtype, [STAGES, ROWS, SHARES, 256], SHARED).index(slot)
             acc += _widen(tile.load(TILE)) * x[j][None, :, :]
         # the slot is free once every thread has read it
@@ -163,14 +183,14 @@ def _multiply(
 
 
 @gluon.jit
-def _inputs(x_ptr, SHARES: gl.constexpr, SUBS: gl.constexpr, WARPS: gl.constexpr):
-    """What all rows of a product are multiplied with: SUBS pieces [SHARES, 256] in the layout of the tiles."""
-    TILE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 1, 32], [WARPS // SHARES, SHARES, 1], [2, 1, 0])
+def _inputs(x_ptr, SHARES: gl.constexpr, SIZES: gl.constexpr):
+    """What all rows of a product are multiplied with: pieces [SHARES, 256] in the layout of the tiles."""
+    TILE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 1, 32], [SIZES.WARPS // SHARES, SHARES, 1], [2, 1, 0])
     PIECE: gl.constexpr = gl.SliceLayout(0, TILE)
     share = gl.arange(0, SHARES, layout=gl.SliceLayout(1, PIECE))[:, None]
     column = gl.arange(0, 256, layout=gl.SliceLayout(0, PIECE))[None, :]
     x = ()
-    for j in gl.static_range(SUBS):
+    for j in gl.static_range(SIZES.H // 512):
         x += (gl.load(x_ptr + (j * SHARES + share) * 256 + column, cache_modifier=".cg").to(gl.float32),)
     return x
 
