@@ -46,6 +46,7 @@ docs: $(VENV)/.installed-dev ## write what is made from the code: settings in RE
 	$(RUN)/python -m scripts.settings_table
 	$(RUN)/python -m scripts.limits_table
 	$(RUN)/python -m scripts.api_table
+	$(RUN)/python -m scripts.metrics_table
 	$(RUN)/python -m scripts.openapi
 
 bench-ops bench-decode bench-prefill: bench-%: $(VENV)/.installed-bench ## measure one room: ARGS="--random 130m --device cpu"

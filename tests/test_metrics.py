@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.engine.interface import EngineStatus, EngineUnavailable
 from app.engine.request import EngineStats, ModelInfo
 from app.metrics import CheapHistogram, ServerMetrics
+from scripts.metrics_table import METRICS, render
 
 
 class Source:
@@ -70,6 +71,10 @@ def test_observations() -> None:
     assert page[("mamba_generated_tokens_total",)] == 3
     assert page[("mamba_requests_finished_total", "stop")] == 1
     assert page[("mamba_http_requests_total", "POST", "/v1/completions", "200")] == 1
+
+
+def test_the_table_of_metrics_is_current() -> None:
+    assert render() == METRICS.read_text(encoding="utf-8"), "run `make docs`"
 
 
 def test_the_cheap_histogram_equals_the_librarys() -> None:

@@ -19,6 +19,7 @@ TEXTS = [
     ROOT / "deploy" / "README.md",
     ROOT / "docs" / "LIMITS.md",
     ROOT / "docs" / "API.md",
+    ROOT / "docs" / "METRICS.md",
 ]
 # flags of other programs
 FOREIGN = {
