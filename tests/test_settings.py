@@ -153,6 +153,7 @@ def test_wrong_key_files(tmp_path: Path, text: str, words: list[str]) -> None:
         ({"model": "a/b", "api_key": 5}, ["--api-key", "list"]),
         ({"model": "a/b", "api_key": [""]}, ["--api-key", "everybody"]),
         ({"model": "a/b", "api_key": ["sk spaced"]}, ["--api-key"]),
+        ({"model": "a/b", "api_key": ['["sk-one", "sk-two"]']}, ["--api-key", "each key"]),
         ({"model": "a/b", "api_key_file": "/nothing"}, ["--api-key-file", "/nothing"]),
         ({"model": "a/b", "config": "/nothing.yaml"}, ["--config", "/nothing.yaml"]),
         ({"model": "a/b", "log_format": "xml"}, ["--log-format"]),
