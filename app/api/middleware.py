@@ -28,7 +28,7 @@ STATUS_CLIENT_GONE = 499
 
 MAX_ID_CHARACTERS = 128
 
-_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_PATHS = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 
 _NOT_IN_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 _MAX_PATH_CHARACTERS = 200
@@ -214,7 +214,7 @@ def clean_request_id(given: str | None) -> str:
 def _authorizations(scope: Scope, path: str) -> list[str]:
     """What the request carries as its key, for which clients of Anthropic's API have a header of their own."""
     values = header_values(scope, b"authorization")
-    if path == _ANTHROPIC_PATH and not values:
+    if path in _ANTHROPIC_PATHS and not values:
         return [f"Bearer {key}" for key in header_values(scope, b"x-api-key")]
     return values
 

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from app.schemas.anthropic import MessagesRequest
+from app.schemas.anthropic import CountTokensRequest, MessagesRequest
 from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
 from app.schemas.errors import ErrorBody
@@ -28,6 +28,7 @@ BODIES: dict[type[BaseModel], dict[str, Any]] = {
     ResponsesRequest: {"input": "Write a function that adds two numbers.", "max_output_tokens": 64},
     MessagesRequest: {"messages": [{"role": "user", "content": "Write a function that adds two numbers."}]}
     | {"max_tokens": 64},
+    CountTokensRequest: {"messages": [{"role": "user", "content": "Write a function that adds two numbers."}]},
     TokenizeRequest: {"prompt": "def fibonacci(n):", "return_token_strs": True},
     DetokenizeRequest: {"tokens": [1, 2, 3]},
 }
@@ -47,8 +48,10 @@ _OPEN_PATHS = ("/livez", "/readyz", "/health")
 _WHEN = "needed where the operator has set API keys"
 _KEY_SCHEMES = {
     "key": {"type": "http", "scheme": "bearer", "description": _WHEN},
-    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": f"{_WHEN}; for one route"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": f"{_WHEN}; for two routes"},
 }
+# of routes in Anthropic's form: either key, or none
+ANTHROPICS_SECURITY: dict[str, Any] = {"security": [{"key": []}, {"x-api-key": []}, {}]}
 _ANSWERED_ID = {
     "description": "id of the request, as the server's log has it; the client's own, if it sent one",
     "schema": {"type": "string"},

@@ -8,8 +8,8 @@ from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
 from app.schemas.generation import MAX_STOP_CHARACTERS, MAX_STOPS
 from app.schemas.messages import MESSAGES_SCHEMA, Message, check_messages, check_text, text_schema
-from app.schemas.sampling import DrawingFields
-from app.schemas.wire import INT32_MAX
+from app.schemas.sampling import DrawingFields, ModelName
+from app.schemas.wire import INT32_MAX, WireModel
 
 
 def _check_system(value: Any) -> str:
@@ -20,8 +20,8 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 _SYSTEM_SCHEMA = text_schema("text")
 
 
-class MessagesRequest(DrawingFields):
-    """A request to go on with a conversation. Null is the same as leaving a field out; unknown fields are ignored."""
+class ConversationFields(WireModel):
+    """What was said so far."""
 
     messages: Annotated[list[Message], PlainValidator(check_messages), WithJsonSchema(MESSAGES_SCHEMA)] = Field(
         description="the conversation, oldest message first; one of the assistant at its end is continued"
@@ -29,6 +29,17 @@ class MessagesRequest(DrawingFields):
     system: Annotated[str | None, PlainValidator(_check_system), WithJsonSchema(_SYSTEM_SCHEMA)] = Field(
         default=None, description="a system message before all others"
     )
+
+
+class CountTokensRequest(ConversationFields):
+    """A conversation whose tokens are counted. Null is the same as leaving a field out; unknown fields are ignored."""
+
+    model: ModelName = Field(default=None, description="name of the model; the served one when left out")
+
+
+class MessagesRequest(ConversationFields, DrawingFields):
+    """A request to go on with a conversation. Null is the same as leaving a field out; unknown fields are ignored."""
+
     max_tokens: int = Field(ge=1, le=INT32_MAX, description="most tokens to generate")
     stop_sequences: list[Stop] = Field(
         default=[], max_length=MAX_STOPS, description="strings that end the answer and are cut from it"
@@ -50,6 +61,12 @@ class MessagesUsage(BaseModel):
 
     input_tokens: int = Field(description="tokens of the conversation")
     output_tokens: int = Field(description="tokens generated")
+
+
+class TokenCount(BaseModel):
+    """What `POST /v1/messages` would tell as `input_tokens`."""
+
+    input_tokens: int = Field(description="tokens of the conversation")
 
 
 class AnthropicMessage(BaseModel):

@@ -8,9 +8,10 @@ from typing import Any
 
 import orjson
 
-from app.schemas.anthropic import MessagesRequest
+from app.schemas.anthropic import ConversationFields, MessagesRequest
 from app.schemas.chat import ChatRequest
 from app.schemas.json import BodyError
+from app.schemas.messages import Message
 from app.schemas.wire import check_body
 from app.serving.chat_payloads import ChatForm
 from app.serving.chat_translate import ChatJob
@@ -27,20 +28,26 @@ _FIELDS: dict[str, tuple[Any, ...]] = {
     # of OpenAI's API
     **dict.fromkeys(("stop", "n", "response_format"), ()),
 }
-_SHARED = ("messages", "max_tokens", "temperature", "top_p", "top_k", "stream")
+_SHARED = ("max_tokens", "temperature", "top_p", "top_k", "stream")
 
 
 def as_chat(body: MessagesRequest) -> ChatRequest:
     """The same as a chat. Raises InvalidRequest."""
-    refuse_unsupported(body.model_extra, _FIELDS)
     fields = {name: getattr(body, name) for name in _SHARED} | {"model": body.model, "stop": body.stop_sequences}
-    fields["continue_final_message"] = body.messages[-1]["role"] == "assistant"
-    if body.system is not None:
-        fields["messages"] = [{"role": "system", "content": body.system}, *body.messages]
+    fields["messages"], fields["continue_final_message"] = read_conversation(body)
     try:
         return check_body(ChatRequest, fields)
     except BodyError as error:
         raise InvalidRequest(error.message, param=error.param) from None
+
+
+def read_conversation(body: ConversationFields) -> tuple[list[Message], bool]:
+    """The messages, that of the system first, and whether the last one is continued. Raises UnsupportedParameter."""
+    refuse_unsupported(body.model_extra, _FIELDS)
+    is_continued = body.messages[-1]["role"] == "assistant"
+    if body.system is None:
+        return body.messages, is_continued
+    return [{"role": "system", "content": body.system}, *body.messages], is_continued
 
 
 class MessagesJob(ChatJob):

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import orjson
 
+from app.schemas.anthropic import CountTokensRequest
 from app.schemas.tokens import DetokenizeRequest, TokenizeRequest
+from app.serving.anthropic import read_conversation
 from app.serving.chat_prompt import ChatPrompts
 from app.serving.chat_unsupported import CHAT_FIELDS
 from app.serving.errors import UnsupportedParameter
@@ -21,7 +23,8 @@ _ITEMS_AT_ONCE = 16 * 1024
 
 
 class TokenService:
-    """Answers of ``/tokenize`` and ``/detokenize`` as JSON. Blocks in proportion to its input; any thread may call.
+    """Answers of ``/tokenize``, ``/detokenize`` and ``/v1/messages/count_tokens`` as JSON. Blocks in proportion to its
+    input; any thread may call.
 
     prompts: of conversations. allows_kwargs: whether clients may set variables of the chat template.
     Raises InvalidRequest, ModelNotFound, Unavailable.
@@ -58,6 +61,20 @@ class TokenService:
         target = self._find_target(body.model)
         check_ids(body.tokens, target.info.vocab_size, "tokens")
         return orjson.dumps({"prompt": self._tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    def count(self, body: CountTokensRequest) -> bytes:
+        """An object of ``app.schemas.anthropic.TokenCount``."""
+        self._find_target(body.model)
+        messages, is_continued = read_conversation(body)
+        ids = self._prompts.render(
+            messages,
+            tools=[],
+            add_generation_prompt=not is_continued,
+            continue_final_message=is_continued,
+            add_special_tokens=False,
+            variables={},
+        )
+        return orjson.dumps({"input_tokens": len(ids)})
 
     def _encode(self, body: TokenizeRequest) -> list[int]:
         if body.messages is None:

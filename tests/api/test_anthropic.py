@@ -125,6 +125,43 @@ async def test_what_is_refused(serve: Serve, fields: dict[str, Any], param: str)
         assert server.engine.requests == []
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"system": "be short"},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Oh,"}]},
+        {"thinking": {"type": "disabled"}, "tools": []},
+    ],
+)
+async def test_tokens_are_counted_without_the_engine(serve: Serve, fields: dict[str, Any]) -> None:
+    async with serve() as server:
+        body = {"messages": [{"role": "user", "content": "hello"}], **fields}
+        counted = await server.client.post("/v1/messages/count_tokens", json=body)
+        assert server.engine.requests == []
+        usage = (await ask(server, **fields)).json()["usage"]
+        assert (counted.status_code, counted.json()) == (200, {"input_tokens": usage["input_tokens"]})
+        assert usage["input_tokens"] == len(server.engine.requests[0].prompt_token_ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"system": 5}, "system"),
+        ({"tools": [{"name": "f"}]}, "tools"),
+        ({"model": 5}, "model"),
+    ],
+)
+async def test_what_is_not_counted(serve: Serve, fields: dict[str, Any], param: str) -> None:
+    async with serve() as server:
+        body = {"messages": [{"role": "user", "content": "hello"}], **fields}
+        response = await server.client.post("/v1/messages/count_tokens", json=body)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"] == param
+
+
 async def test_a_key_in_anthropics_header(serve: Serve) -> None:
     async with serve(api_key=[KEY]) as server:
         for headers, status in (
@@ -135,5 +172,7 @@ async def test_a_key_in_anthropics_header(serve: Serve) -> None:
         ):
             server.client.headers = httpx.Headers(headers)
             assert (await ask(server, max_tokens=1)).status_code == status
+            body = {"messages": [{"role": "user", "content": "hello"}]}
+            assert (await server.client.post("/v1/messages/count_tokens", json=body)).status_code == status
         server.client.headers = httpx.Headers({"x-api-key": KEY})
         assert (await server.complete()).status_code == 401

@@ -29,6 +29,7 @@ def test_the_list_of_routes_is_complete(app_of: Callable[..., Any]) -> None:
         "/v1/responses",
         "/v1/responses/{response_id}",
         "/v1/messages",
+        "/v1/messages/count_tokens",
         "/v1/models",
         "/v1/models/{model:path}",
         "/tokenize",

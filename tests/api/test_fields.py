@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from tokenizers import processors
 
 from app.api.openapi import BODIES
-from app.schemas.anthropic import MessagesRequest
+from app.schemas.anthropic import CountTokensRequest, MessagesRequest
 from app.schemas.chat import ChatRequest
 from app.schemas.completions import CompletionRequest
 from app.schemas.responses import ResponsesRequest
@@ -216,6 +216,15 @@ KINDS: dict[type[BaseModel], Kind] = {
             "system": Changes("be short"),
             "max_tokens": Changes(3),
             "stop_sequences": Changes(["_"]),
+        },
+    ),
+    CountTokensRequest: Kind(
+        "/v1/messages/count_tokens",
+        {"messages": [{"role": "user", "content": "hello"}]},
+        {
+            "model": Refused("no-such-model"),
+            "messages": Changes([{"role": "user", "content": "hello there"}]),
+            "system": Changes("be short"),
         },
     ),
     TokenizeRequest: Kind(

@@ -54,7 +54,7 @@ MESSAGE_FIELDS: dict[str, Changes] = {
     "messages[].tool_calls[].type": Refused("other"),
     "messages[].tool_calls[].function": Changes({"name": "g", "arguments": "{}"}),
     "messages[].tool_calls[].function.name": Changes("other"),
-    "messages[].tool_calls[].function.arguments": Changes('{"a": 2}'),
+    "messages[].tool_calls[].function.arguments": Changes('{"a": 200}'),
     "messages[].tool_call_id": Changes("other"),
     "messages[].reasoning_content": Changes("other"),
 }
@@ -102,6 +102,10 @@ INNER: dict[str, tuple[dict[str, Any], dict[str, Changes]]] = {
     "MessagesRequest": (
         {"messages": MESSAGES, "system": [{"type": "text", "text": "a"}], "max_tokens": 8},
         {**MESSAGE_FIELDS, "system[].type": Refused("image"), "system[].text": Changes("other")},
+    ),
+    "CountTokensRequest": (
+        {"messages": MESSAGES, "system": [{"type": "text", "text": "a"}]},
+        {**MESSAGE_FIELDS, "system[].type": Refused("image"), "system[].text": Changes("other words")},
     ),
     "TokenizeRequest": ({"messages": MESSAGES, "tools": [TOOL]}, {**MESSAGE_FIELDS, **TOOL_FIELDS}),
 }

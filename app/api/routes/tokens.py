@@ -1,4 +1,4 @@
-"""``POST /tokenize`` and ``POST /detokenize``."""
+"""``POST /tokenize``, ``POST /detokenize`` and ``POST /v1/messages/count_tokens``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request, Response
 
 from app.api.body import read_json_body
 from app.api.dependencies import context_of
-from app.api.openapi import ERROR_RESPONSES, request_body
+from app.api.openapi import ANTHROPICS_SECURITY, ERROR_RESPONSES, request_body
+from app.schemas.anthropic import CountTokensRequest, TokenCount
 from app.schemas.tokens import DetokenizedText, DetokenizeRequest, TokenizeRequest, Tokens
 from app.schemas.wire import Body
 from app.serving.parsing import parse_request
@@ -45,6 +46,18 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """Special tokens stand in it as they are written."""
     return await _answer(request, DetokenizeRequest, TokenService.detokenize, lambda _: False)
+
+
+@router.post(
+    "/v1/messages/count_tokens",
+    summary="How many tokens a conversation has, in Anthropic's form",
+    response_model=TokenCount,
+    responses=ERROR_RESPONSES,
+    openapi_extra={**request_body(CountTokensRequest), **ANTHROPICS_SECURITY},
+)
+async def count_tokens(request: Request) -> Response:
+    """What the model would read, without asking it. The key may stand in `x-api-key` as well."""
+    return await _answer(request, CountTokensRequest, TokenService.count, lambda _: True)
 
 
 async def _answer(
