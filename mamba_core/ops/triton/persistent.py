@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -20,6 +22,39 @@ IN_PROJ, X_PROJ, OUT_PROJ, TAPS, CONV_BIAS, DT_PROJ, DT_BIAS, DECAY, SKIP, GAIN,
     gl.constexpr(i) for i in range(12)
 )
 IN_SCALES, X_SCALES, OUT_SCALES = (gl.constexpr(i) for i in range(12, 15))
+
+
+class Begin(NamedTuple):
+    """What a step begins with: pointers to its tokens, to all embeddings, and to the gain of the first norm."""
+
+    tokens: Any
+    embeddings: Any
+    gain: Any
+
+
+class States(NamedTuple):
+    """Where states are: pointers to the first layer's, how far layers and slots lie apart, and the rows' slots."""
+
+    conv: Any
+    ssm: Any
+    conv_layer_stride: Any
+    conv_stride: Any
+    ssm_layer_stride: Any
+    ssm_stride: Any
+    slots: Any
+
+
+class Layer(NamedTuple):
+    """Addresses of what is small of a layer, all that is not copied ahead."""
+
+    taps: Any
+    conv_bias: Any
+    x_proj: Any
+    decay: Any
+    skip: Any
+    dt_bias: Any
+    gain: Any
+
 
 # one thread counts its program; the barrier before it has collected what the others wrote
 _COUNT = gl.constexpr("""
@@ -100,6 +135,21 @@ def _share(rows: gl.constexpr, PROGRAMS: gl.constexpr):
     pid = gl.program_id(0)
     first = pid * rows // PROGRAMS
     return first, (pid + 1) * rows // PROGRAMS - first
+
+
+@gluon.jit
+def _layer(table_ptr, layer):
+    """What is small of a layer, with the gain of the norm that follows it."""
+    entry = table_ptr + layer * FIELDS
+    return Layer(
+        gl.load(entry + TAPS),
+        gl.load(entry + CONV_BIAS),
+        gl.load(entry + X_PROJ),
+        gl.load(entry + DECAY),
+        gl.load(entry + SKIP),
+        gl.load(entry + DT_BIAS),
+        gl.load(entry + GAIN),
+    )
 
 
 @gluon.jit

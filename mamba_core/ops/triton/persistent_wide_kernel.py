@@ -28,50 +28,41 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
 )
 
-from mamba_core.ops.triton.persistent import (
-    CONV_BIAS,
-    DECAY,
-    DT_BIAS,
-    FIELDS,
-    GAIN,
-    SKIP,
-    TAPS,
-    _await,
-    _barrier,
-    _bf16,
-    _count,
-    _view,
-)
+from mamba_core.ops.triton.persistent import Begin, States, _await, _barrier, _bf16, _count, _layer
 from mamba_core.ops.triton.persistent_rows_tiles import _indices_2d, _nothing
+from mamba_core.ops.triton.persistent_wide_conv import (
+    Own,
+    _convolve,
+    _counts,
+    _keep_newest,
+    _read_windows,
+    _recall_and_move_on,
+    _scales,
+    _slots_of_windows,
+)
 from mamba_core.ops.triton.persistent_wide_parts import (
     PART,
     _bias,
     _constants_of_state,
-    _convolve,
     _delta,
-    _embedded,
-    _gain,
-    _home_of_windows,
+    _dt_like,
     _inputs_of_state,
-    _keep_newest,
-    _move_on,
-    _pairs,
-    _recall,
-    _scale,
-    _share,
-    _shared,
     _slots,
-    _slots_of_windows,
     _state,
-    _tell,
-    _windows,
 )
 from mamba_core.ops.triton.persistent_wide_phases import (
+    OWN,
     Told,
+    _add_shares,
     _advance_states,
+    _embed,
+    _gains,
+    _in_place_of,
     _lows,
     _multiply_dt,
+    _newest,
     _share_low,
+    _share_out,
     _sum_low,
 )
 from mamba_core.ops.triton.persistent_wide_tiles import (
@@ -86,8 +77,6 @@ from mamba_core.ops.triton.persistent_wide_tiles import (
     _make_products,
 )
 
-# rows of the residual that a program has
-OWN = gl.constexpr(16)
 # how far the counters lie apart: one of all programs, then those of the quarters and of the groups
 FAR = gl.constexpr(32)
 COUNTERS = gl.constexpr(1 + 4 + 32)
@@ -106,199 +95,110 @@ def _advance(
     kept,
     table_ptr,
     begin,
-    slots_ptr,
     states,
     told,
     counter_ptr,
     rows,
     layers,
-    strides,
     eps,
     SIZES: gl.constexpr,
 ):
     """What the first warps do: the step itself, but for its two large products."""
-    H: gl.constexpr = SIZES.H
-    D: gl.constexpr = SIZES.D
-    R: gl.constexpr = SIZES.R
     N: gl.constexpr = SIZES.N
-    A: gl.constexpr = SIZES.A
-    B: gl.constexpr = SIZES.B
-    SPACE: gl.constexpr = SIZES.SPACE
-    STAGES: gl.constexpr = SIZES.STAGES
-    DEPTH: gl.constexpr = SIZES.DEPTH
-    C: gl.constexpr = D // PROGRAMS
-    CA: gl.constexpr = A // 2
-    CB: gl.constexpr = B // 2
-    COUNTS: gl.constexpr = (CA, CB)
-    PIECES: gl.constexpr = 2 if B > 0 else 1
-    MMA_A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, A // 2, 16])
-    MMA_B: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 8, 16])
+    COUNTS: gl.constexpr = _counts(SIZES)
     WHOLE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     STATE: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [8, 1, 1], [2, 1, 0])
-    STATE_N: gl.constexpr = gl.SliceLayout(1, STATE)
-    OUT_A: gl.constexpr = gl.BlockedLayout([1, 4], [128 // A, A // 4], [8, 1], [1, 0])
-    OUT_B: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [8, 1], [1, 0])
-    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT_A)
-    # the sums of the large products: x beside z, and four outputs
-    PAIRS_A: gl.constexpr = gl.BlockedLayout([1, 2], [64 // A, A // 2], [8, 1], [1, 0])
-    PAIRS_B: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [8, 1], [1, 0])
-    SUMS_A: gl.constexpr = gl.BlockedLayout([1, 4], [128 // A, A // 4], [8, 1], [1, 0])
-    SUMS_B: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0])
-    PAIRS: gl.constexpr = (PAIRS_A, PAIRS_B)
-    SUMS: gl.constexpr = (SUMS_A, SUMS_B)
-    # what the convolution keeps: a quarter of the channels of one row, and each has one thread
-    KEPT_A: gl.constexpr = gl.BlockedLayout([1, CA // 4], [8, 4], [8, 1], [1, 0])
-    KEPT_B: gl.constexpr = gl.BlockedLayout([1, 2], [8, 4], [8, 1], [1, 0])
-    KEPT: gl.constexpr = (KEPT_A, KEPT_B)
-    IN_TURNS: gl.constexpr = H // DEEP // STAGES
-    TURNS: gl.constexpr = IN_TURNS + D // QUARTERS // DEEP // STAGES
+    IN_TURNS: gl.constexpr = SIZES.H // DEEP // SIZES.STAGES
+    TURNS: gl.constexpr = IN_TURNS + SIZES.D // QUARTERS // DEEP // SIZES.STAGES
     # the squares of a few of the groups
     SQUARES: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0])
     x_flat, gates = kept
-    # in the sums' place, once they have been read
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    halves = _view(sums[0], gl.float32, [2, ROWS, CA], FLAT)
-    deltas, news = (halves.index(0),), (halves.index(1),)
-    if B > 0:
-        halves_rest = _view(sums[1], gl.float32, [2, ROWS, 8], FLAT)
-        deltas, news = (deltas[0], halves_rest.index(0)), (news[0], halves_rest.index(1))
-    tokens_ptr, embeddings_ptr, gain_ptr = begin
-    conv_ptr, ssm_ptr = states
-    conv_layer_stride, conv_stride, ssm_layer_stride, ssm_stride = strides
-    CONV_DTYPE: gl.constexpr = conv_ptr.dtype.element_ty
+    deltas, news = _in_place_of(sums, SIZES)
+    conv_ptr, ssm_ptr = states.conv, states.ssm
 
     pid = gl.program_id(0)
-    first_c, quarter, group = pid * C, pid // GROUPS, pid % GROUPS
-    first_row, first_o = quarter * OWN, group * (H // GROUPS)
+    quarter, group = pid // GROUPS, pid % GROUPS
+    own = Own(pid * (SIZES.D // PROGRAMS), quarter * OWN, group * (SIZES.H // GROUPS))
     quarter_ptr, group_ptr = counter_ptr + (1 + quarter) * FAR, counter_ptr + (1 + QUARTERS + group) * FAR
     # a channel of x_proj's tiles that is not there must count as zero
     x_flat.store(gl.zeros([ROWS, DEEP], gl.bfloat16, WHOLE))
-    likes = (
-        _pairs(gl.zeros([ROWS, A], gl.float32, PAIRS_A))[0],
-        _pairs(gl.zeros([ROWS, 16], gl.float32, PAIRS_B))[0],
-    )
-    dt_likes = (
-        _pairs(gl.zeros([ROWS, A], gl.float32, MMA_A))[0],
-        _pairs(gl.zeros([ROWS, 16], gl.float32, MMA_B))[0],
-    )
     slots = ()
-    for part in gl.static_range(SPACE // PART):
-        slots += (_slots(slots_ptr, part, rows, STATE),)
-
-    kept_slots = (_slots_of_windows(slots_ptr, rows, KEPT_A),)
-    if B > 0:
-        kept_slots += (_slots_of_windows(slots_ptr, rows, KEPT_B),)
-
-    # this program's part of the residual: the tokens' embeddings
-    residual = _embedded(tokens_ptr, embeddings_ptr, first_row, first_o, rows, H, OWN, A, OUT_A)
-    squares = _tell(residual, _gain(gain_ptr, first_o, A, OUT_A), told.gained, first_row, first_o, rows, H)
-    rest = gl.zeros([OWN, 16], gl.float32, OUT_B)
-    if B > 0:
-        rest += _embedded(tokens_ptr, embeddings_ptr, first_row, first_o + A, rows, H, OWN, B, OUT_B)
-        more = _tell(rest, _gain(gain_ptr, first_o + A, B, OUT_B), told.gained, first_row, first_o + A, rows, H)
-        squares += gl.convert_layout(more, OUT_ROW)
-    b_out = group * ROWS + first_row + gl.arange(0, OWN, layout=OUT_ROW)
-    gl.store(told.squares + b_out, squares)
+    for part in gl.static_range(SIZES.SPACE // PART):
+        slots += (_slots(states.slots, part, rows, STATE),)
+    kept_slots = _slots_of_windows(states.slots, rows, SIZES)
+    residual = _embed(begin, told, own, rows, SIZES)
 
     target = 0
-    for layer in range(layers):
-        conv, ssm = (conv_ptr, conv_stride), (ssm_ptr, ssm_stride)
-        entry = table_ptr + layer * FIELDS
-        taps_at, bias_at = gl.load(entry + TAPS), gl.load(entry + CONV_BIAS)
-        decay_at, skip_at = gl.load(entry + DECAY), gl.load(entry + SKIP)
-        dt_bias_at, next_gain_ptr = gl.load(entry + DT_BIAS), _bf16(gl.load(entry + GAIN))
+    for index in range(layers):
+        conv, ssm = (conv_ptr, states.conv_stride), (ssm_ptr, states.ssm_stride)
+        layer = _layer(table_ptr, index)
         target += PROGRAMS
         _count(counter_ptr)
-        windows = ()
-        for p in gl.static_range(PIECES):
-            home, mask = _home_of_windows(conv, kept_slots[p], first_c + p * CA, rows, COUNTS[p], KEPT[p], SIZES)
-            windows += (_windows(home, mask, SIZES),)
+        windows = _read_windows(conv, kept_slots, own, rows, SIZES)
         _await(counter_ptr, target)
         mbarrier.arrive(go)
 
         # what is needed besides in_proj, while others make it
-        recalled = ()
-        for p in gl.static_range(PIECES):
-            first = first_c + p * CA
-            recalled += (_recall(windows[p], taps_at, bias_at, first, likes[p], SIZES),)
-            home, mask = _home_of_windows(conv, kept_slots[p], first, rows, COUNTS[p], KEPT[p], SIZES)
-            _move_on(home, mask, windows[p], SIZES)
+        recalled = _recall_and_move_on(conv, kept_slots, windows, layer, own, rows, SIZES)
         g, b = _indices_2d(GROUPS, ROWS, SQUARES)
-        squares_read = gl.load(told.squares + (g * ROWS + b), cache_modifier=".cg")
-        scales = ()
-        for p in gl.static_range(PIECES):
-            scales += (_scale(squares_read, eps, likes[p], H),)
+        squares = gl.load(told.squares + (g * ROWS + b), cache_modifier=".cg")
+        scales = _scales(squares, eps, SIZES)
         mbarrier.wait(done, 0)
-        for p in gl.static_range(PIECES):
-            acc = sums[p].load(PAIRS[p])
-            x, gate, newest = _convolve(acc, scales[p], recalled[p], CONV_DTYPE)
-            x_flat.slice(p * CA, COUNTS[p], dim=1).store(x)
+        for p in gl.static_range(len(COUNTS)):
+            x, gate, newest = _convolve(sums[p], scales[p], recalled[p], conv_ptr.dtype.element_ty)
+            x_flat.slice(p * (SIZES.A // 2), COUNTS[p], dim=1).store(x)
             gates[p].store(gate)
             news[p].store(newest)
         # for the matrix units, where inputs were and will be
-        x_kept = x_tiles.index(STAGES - 1 + _nothing())
+        x_kept = x_tiles.index(SIZES.STAGES - 1 + _nothing())
         x_kept.store(x_flat.load(WHOLE))
         fence_async_shared()
         _barrier()
-        use = layer * (TURNS + 1) + IN_TURNS
+        use = index * (TURNS + 1) + IN_TURNS
         _share_low(ring, use, x_kept, told.shares, SIZES)
         target += PROGRAMS
         _count(counter_ptr)
 
         # the states of the next rows, piece after piece
         h = ()
-        for part in gl.static_range(DEPTH - 1):
-            h += (_state(ssm, slots[part], first_c, part, rows, CA, N, STATE),)
-            if B > 0:
-                h += (_state(ssm, slots[part], first_c + CA, part, rows, CB, N, STATE),)
+        for part in gl.static_range(SIZES.DEPTH - 1):
+            for p in gl.static_range(len(COUNTS)):
+                h += (_state(ssm, slots[part], own.channel + p * (SIZES.A // 2), part, rows, COUNTS[p], N, STATE),)
         _await(counter_ptr, target)
 
         _sum_low(told, SIZES)
         target += PROGRAMS
         _count(counter_ptr)
         constants, biases = (), ()
-        for p in gl.static_range(PIECES):
-            first = first_c + p * CA
-            constants += (_constants_of_state(decay_at, skip_at, first, COUNTS[p], N, SIZES.SKIP_DTYPE, STATE),)
-            h += (_state(ssm, slots[DEPTH - 1], first, DEPTH - 1, rows, COUNTS[p], N, STATE),)
-            biases += (_bias(dt_bias_at, first, dt_likes[p]),)
+        LAST: gl.constexpr = SIZES.DEPTH - 1
+        for p in gl.static_range(len(COUNTS)):
+            first = own.channel + p * (SIZES.A // 2)
+            constants += (_constants_of_state(layer, first, COUNTS[p], N, SIZES.SKIP_DTYPE, STATE),)
+            h += (_state(ssm, slots[LAST], first, LAST, rows, COUNTS[p], N, STATE),)
+            biases += (_bias(layer.dt_bias, first, _dt_like(COUNTS[p])),)
         _await(counter_ptr, target)
 
         lows = _lows(told.dt, WHOLE, SIZES)
-        inner = _inputs_of_state(told.low, 0, R, N, STATE_N)
+        inner = _inputs_of_state(told.low, 0, SIZES.R, N, gl.SliceLayout(1, STATE))
         dts = _multiply_dt(ring, use, x_tiles, lows, SIZES)
-        for p in gl.static_range(PIECES):
+        for p in gl.static_range(len(COUNTS)):
             deltas[p].store(_delta(dts[p], biases[p]))
-        _advance_states(ssm, slots, h, constants, inner, deltas, kept, told, rows, STATE, SIZES)
+        _advance_states(ssm, slots, h, constants, inner, deltas, kept, told, own, rows, STATE, SIZES)
         _count(quarter_ptr)
-        gain = _gain(next_gain_ptr, first_o, A, OUT_A)
-        if B > 0:
-            gain_rest = _gain(next_gain_ptr, first_o + A, B, OUT_B)
-        newest_inputs = ()
-        for p in gl.static_range(PIECES):
-            newest_inputs += (news[p].load(KEPT[p]),)
-        _await(quarter_ptr, (layer + 1) * GROUPS)
+        gains = _gains(_bf16(layer.gain), own, SIZES)
+        newest_inputs = _newest(news, SIZES)
+        _await(quarter_ptr, (index + 1) * GROUPS)
         mbarrier.arrive(go)
 
         # while others make out_proj
-        for p in gl.static_range(PIECES):
-            home, mask = _home_of_windows(conv, kept_slots[p], first_c + p * CA, rows, COUNTS[p], KEPT[p], SIZES)
-            _keep_newest(home, mask, newest_inputs[p], SIZES)
+        _keep_newest(conv, kept_slots, newest_inputs, own, rows, SIZES)
         mbarrier.wait(done, 1)
-        for p in gl.static_range(PIECES):
-            share = sums[p].load(SUMS[p])
-            _share(share, told.parts + quarter * (ROWS * H), first_o + p * A, rows, H)
+        _share_out(sums, told.parts, own, rows, SIZES)
         _count(group_ptr)
-        _await(group_ptr, (layer + 1) * QUARTERS)
-        residual += _shared(told.parts, first_row, first_o, rows, H, OWN, A, OUT_A)
-        squares_told = _tell(residual, gain, told.gained, first_row, first_o, rows, H)
-        if B > 0:
-            rest += _shared(told.parts, first_row, first_o + A, rows, H, OWN, B, OUT_B)
-            more_told = _tell(rest, gain_rest, told.gained, first_row, first_o + A, rows, H)
-            squares_told += gl.convert_layout(more_told, OUT_ROW)
-        gl.store(told.squares + b_out, squares_told)
-        conv_ptr += conv_layer_stride
-        ssm_ptr += ssm_layer_stride
+        _await(group_ptr, (index + 1) * QUARTERS)
+        residual = _add_shares(residual, gains, told, own, rows, SIZES)
+        conv_ptr += states.conv_layer_stride
+        ssm_ptr += states.ssm_layer_stride
 
     # nobody waits any more: the last one leaves the counters as they were
     if gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == target + PROGRAMS - 1:
@@ -368,9 +268,9 @@ def persistent_wide_kernel(
         sums += (gl.allocate_shared_memory(gl.float32, [ROWS, 16], SUMS_REST),)
         gates += (gl.allocate_shared_memory(gl.float32, [ROWS, 8], FLAT),)
     kept = (x_flat, gates)
-    begin, states = (tokens_ptr, embeddings_ptr, gain_ptr), (conv_ptr, ssm_ptr)
+    begin = Begin(tokens_ptr, embeddings_ptr, gain_ptr)
+    states = States(conv_ptr, ssm_ptr, conv_layer_stride, conv_stride, ssm_layer_stride, ssm_stride, slots_ptr)
     told = Told(shares_ptr, low_ptr, dt_ptr, y_ptr, parts_ptr, gained_ptr, squares_ptr)
-    strides = (conv_layer_stride, conv_stride, ssm_layer_stride, ssm_stride)
     gl.warp_specialize(
         [
             (
@@ -384,13 +284,11 @@ def persistent_wide_kernel(
                     kept,
                     table_ptr,
                     begin,
-                    slots_ptr,
                     states,
                     told,
                     counter_ptr,
                     rows,
                     layers,
-                    strides,
                     eps,
                     SIZES,
                 ),

@@ -1,8 +1,4 @@
-"""What ``persistent_wide_kernel`` does between its products: convolution, recurrence, residual.
-
-A program's outputs of a product come as a power of two and the rest, in a tensor each; so do its channels, of which x
-and z are neighbouring columns of in_proj's sums.
-"""
+"""What ``persistent_wide_kernel`` does between its products besides the convolution: recurrence, residual."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from mamba_core.ops.triton.math import LOG2_E
-from mamba_core.ops.triton.persistent import _bf16, _sigmoid, _softplus
+from mamba_core.ops.triton.persistent import _bf16, _softplus
 from mamba_core.ops.triton.persistent_rows_tiles import _indices_2d, _indices_3d, _nothing
 from mamba_core.ops.triton.persistent_wide_tiles import QUARTERS, ROWS
 
@@ -31,76 +27,10 @@ def _home(slot, stride):
 
 
 @gluon.jit
-def _slots_of_windows(slots_ptr, rows, LAYOUT: gl.constexpr):
-    b, _ = _indices_2d(ROWS, 1, LAYOUT)
-    return gl.load(slots_ptr + b, mask=b < rows, other=0).to(gl.int32)
-
-
-@gluon.jit
-def _home_of_windows(conv, slot, first, rows, COUNT: gl.constexpr, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
-    """Where the oldest inputs are that the convolution keeps, of every row and COUNT channels from ``first`` on."""
-    conv_ptr, stride = conv
-    b, c = _indices_2d(ROWS, COUNT, LAYOUT)
-    home = conv_ptr + _home(slot, stride) + (first + c) * (1 if SIZES.TAP_MAJOR else SIZES.K - 1)
-    return home, gl.max_constancy((b < rows) & (c >= 0), [1, COUNT])
-
-
-@gluon.jit
-def _windows(home, mask, SIZES: gl.constexpr):
-    """The K - 1 inputs at ``home``."""
-    columns = ()
-    for j in gl.static_range(SIZES.K - 1):
-        columns += (gl.load(home + j * (SIZES.D if SIZES.TAP_MAJOR else 1), mask=mask, other=0.0),)
-    return columns
-
-
-@gluon.jit
-def _recall(columns, taps_at, bias_at, first, like, SIZES: gl.constexpr):
-    """What the convolution's past adds up to, and the weights of what comes newest."""
-    K: gl.constexpr = SIZES.K
-    LAYOUT: gl.constexpr = like.type.layout
-    COUNT: gl.constexpr = like.type.shape[1]
-    _, c = _indices_2d(1, COUNT, LAYOUT)
-    taps_ptr = _bf16(taps_at) + (first + c) * K
-    past = gl.zeros_like(like)
-    if SIZES.HAS_CONV_BIAS:
-        past += gl.load(_bf16(bias_at) + (first + c)).to(gl.float32)
-    for j in gl.static_range(K - 1):
-        old = gl.convert_layout(columns[j], LAYOUT)
-        past += old.to(gl.float32) * gl.load(taps_ptr + j).to(gl.float32)
-    return past, gl.load(taps_ptr + K - 1).to(gl.float32)
-
-
-@gluon.jit
-def _move_on(home, mask, columns, SIZES: gl.constexpr):
-    """Move the convolution's past on, of which each element has one thread, but for what is not known yet."""
-    for j in gl.static_range(1, SIZES.K - 1):
-        gl.store(home + (j - 1) * (SIZES.D if SIZES.TAP_MAJOR else 1), columns[j], mask=mask)
-
-
-@gluon.jit
-def _keep_newest(home, mask, newest, SIZES: gl.constexpr):
-    """Write the newest input where the one before it was."""
-    step = (SIZES.K - 2) * (SIZES.D if SIZES.TAP_MAJOR else 1)
-    gl.store(home + step, newest.to(home.dtype.element_ty), mask=mask)
-
-
-@gluon.jit
-def _scale(squares, eps, like, H: gl.constexpr):
-    """The norm's [64, 1], of squares [groups, 64]."""
-    ROW: gl.constexpr = gl.SliceLayout(1, like.type.layout)
-    return gl.convert_layout(1.0 / gl.sqrt(gl.sum(squares, axis=0) / H + eps), ROW)[:, None]
-
-
-@gluon.jit
-def _convolve(acc, scale, recalled, DTYPE: gl.constexpr):
-    """x after its convolution, the gate of z, and the newest input, of in_proj's sums before their norm."""
-    x, z = _pairs(acc)
-    past, taps = recalled
-    newest = (x * scale).to(DTYPE).to(gl.float32)
-    x = past + newest * taps
-    z = z * scale
-    return (x * _sigmoid(x)).to(gl.bfloat16), z * _sigmoid(z), newest
+def _dt_like(COUNT: gl.constexpr):
+    """What dt_proj's sums for so many channels are like."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, COUNT, 16])
+    return _pairs(gl.zeros([ROWS, 2 * COUNT], gl.float32, MMA))[0]
 
 
 @gluon.jit
@@ -158,12 +88,12 @@ def _inputs_of_state(low_ptr, part, R: gl.constexpr, N: gl.constexpr, LAYOUT: gl
 
 @gluon.jit
 def _constants_of_state(
-    decay_at, skip_at, first, COUNT: gl.constexpr, N: gl.constexpr, SKIP_DTYPE: gl.constexpr, LAYOUT: gl.constexpr
+    layer, first, COUNT: gl.constexpr, N: gl.constexpr, SKIP_DTYPE: gl.constexpr, LAYOUT: gl.constexpr
 ):
     _, d, n = _indices_3d(1, COUNT, N, LAYOUT)
-    a = gl.load(decay_at.to(gl.pointer_type(gl.float32)) + ((first + d) * N + n)) * LOG2_E
+    a = gl.load(layer.decay.to(gl.pointer_type(gl.float32)) + ((first + d) * N + n)) * LOG2_E
     _, d = _indices_2d(1, COUNT, gl.SliceLayout(2, LAYOUT))
-    return a, gl.load(skip_at.to(gl.pointer_type(SKIP_DTYPE)) + first + d).to(gl.float32)
+    return a, gl.load(layer.skip.to(gl.pointer_type(SKIP_DTYPE)) + first + d).to(gl.float32)
 
 
 @gluon.jit

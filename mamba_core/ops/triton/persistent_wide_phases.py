@@ -13,10 +13,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from mamba_core.ops.triton.persistent import _barrier
+from mamba_core.ops.triton.persistent import _barrier, _view
 from mamba_core.ops.triton.persistent_rows_tiles import _indices_2d, _nothing
-from mamba_core.ops.triton.persistent_wide_parts import PART, _inputs_of_state, _keep, _moved, _state
-from mamba_core.ops.triton.persistent_wide_tiles import DEEP, PROGRAMS, ROWS
+from mamba_core.ops.triton.persistent_wide_conv import _counts, _one_thread_each
+from mamba_core.ops.triton.persistent_wide_parts import (
+    PART,
+    _embedded,
+    _gain,
+    _inputs_of_state,
+    _keep,
+    _moved,
+    _share,
+    _shared,
+    _state,
+    _tell,
+)
+from mamba_core.ops.triton.persistent_wide_tiles import DEEP, GROUPS, PROGRAMS, ROWS
+
+# rows of the residual that a program has
+OWN = gl.constexpr(16)
 
 
 class Told(NamedTuple):
@@ -29,6 +44,42 @@ class Told(NamedTuple):
     parts: Any
     gained: Any
     squares: Any
+
+
+@gluon.constexpr_function
+def _outputs(count):
+    """Of this program's part of the residual, [16, count]."""
+    if count == 16:
+        return gl.BlockedLayout([1, 1], [2, 16], [8, 1], [1, 0])
+    return gl.BlockedLayout([1, 4], [128 // count, count // 4], [8, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _four_sums(count):
+    """Of out_proj's sums, [64, count]: four outputs a thread."""
+    return gl.BlockedLayout([1, 4], [128 // count, count // 4], [8, 1], [1, 0])
+
+
+@gluon.jit
+def _in_place_of(sums, SIZES: gl.constexpr):
+    """Room for step sizes and for the convolution's newest inputs, in the place of sums that have been read."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    halves = _view(sums[0], gl.float32, [2, ROWS, SIZES.A // 2], FLAT)
+    deltas, news = (halves.index(0),), (halves.index(1),)
+    if SIZES.B > 0:
+        rest = _view(sums[1], gl.float32, [2, ROWS, 8], FLAT)
+        deltas, news = (deltas[0], rest.index(0)), (news[0], rest.index(1))
+    return deltas, news
+
+
+@gluon.jit
+def _newest(news, SIZES: gl.constexpr):
+    """The convolution's newest inputs, as the threads write them that keep the ones before."""
+    COUNTS: gl.constexpr = _counts(SIZES)
+    newest = ()
+    for p in gl.static_range(len(COUNTS)):
+        newest += (news[p].load(_one_thread_each(COUNTS[p])),)
+    return newest
 
 
 @gluon.jit
@@ -116,32 +167,95 @@ def _multiply_dt(ring, use, x_tiles, lows, SIZES: gl.constexpr):
 
 @gluon.jit
 def _advance_states(
-    ssm, slots, h, constants, inner, deltas, kept, told, rows, LAYOUT: gl.constexpr, SIZES: gl.constexpr
+    ssm, slots, h, constants, inner, deltas, kept, told, own, rows, LAYOUT: gl.constexpr, SIZES: gl.constexpr
 ):
     """The recurrence, PART rows after the other: their states moved on, and y. h and inner: the first parts', read."""
     D: gl.constexpr = SIZES.D
     N: gl.constexpr = SIZES.N
     DEPTH: gl.constexpr = SIZES.DEPTH
     PARTS: gl.constexpr = SIZES.SPACE // PART
-    CA: gl.constexpr = SIZES.A // 2
-    COUNTS: gl.constexpr = (CA, SIZES.B // 2)
-    PIECES: gl.constexpr = 2 if SIZES.B > 0 else 1
+    COUNTS: gl.constexpr = _counts(SIZES)
+    PIECES: gl.constexpr = len(COUNTS)
     CHANNEL: gl.constexpr = gl.SliceLayout(2, LAYOUT)
     x_flat, gates = kept
-    first_c = gl.program_id(0) * (D // PROGRAMS)
     for part in gl.static_range(PARTS):
         now = inner
         if part + 1 < PARTS:
             inner = _inputs_of_state(told.low, part + 1, SIZES.R, N, gl.SliceLayout(1, LAYOUT))
         for p in gl.static_range(PIECES):
-            first = first_c + p * CA
+            first = own.channel + p * (SIZES.A // 2)
             if part > 0 and part + DEPTH <= PARTS:
                 h += (_state(ssm, slots[part + DEPTH - 1], first, part + DEPTH - 1, rows, COUNTS[p], N, LAYOUT),)
             delta = deltas[p].slice(part * PART, PART).load(CHANNEL)
-            x = x_flat.slice(part * PART, PART).slice(p * CA, COUNTS[p], dim=1).load(CHANNEL)
+            x = x_flat.slice(part * PART, PART).slice(p * (SIZES.A // 2), COUNTS[p], dim=1).load(CHANNEL)
             gate = gates[p].slice(part * PART, PART).load(CHANNEL)
             moved, y = _moved(h[part * PIECES + p], constants[p], now, delta, x, gate)
             b, d = _indices_2d(PART, COUNTS[p], CHANNEL)
             y_at = told.y + ((part * PART + b) * D + first + d)
             gl.store(y_at, y.to(gl.bfloat16), mask=(part * PART + b < rows) & (d >= 0))
             _keep(ssm, slots[part], first, part, rows, moved, LAYOUT)
+
+
+@gluon.jit
+def _gains(gain_ptr, own, SIZES: gl.constexpr):
+    """Those of a norm, for this program's outputs."""
+    gains = (_gain(gain_ptr, own.output, SIZES.A, _outputs(SIZES.A)),)
+    if SIZES.B > 0:
+        gains += (_gain(gain_ptr, own.output + SIZES.A, SIZES.B, _outputs(SIZES.B)),)
+    return gains
+
+
+@gluon.jit
+def _tell_squares(squares, told, own):
+    """Write those of this program's part of the residual."""
+    b = gl.program_id(0) % GROUPS * ROWS + own.row + gl.arange(0, OWN, layout=squares.type.layout)
+    gl.store(told.squares + b, squares)
+
+
+@gluon.jit
+def _embed(begin, told, own, rows, SIZES: gl.constexpr):
+    """This program's part of the residual, [16, A] and [16, B]: the tokens' embeddings, told with the first gain."""
+    H: gl.constexpr = SIZES.H
+    A: gl.constexpr = SIZES.A
+    B: gl.constexpr = SIZES.B
+    OUT_A: gl.constexpr = _outputs(A)
+    OUT_B: gl.constexpr = _outputs(16)
+    tokens_ptr, embeddings_ptr, gain_ptr = begin
+    _, first_row, first = own
+    residual = _embedded(tokens_ptr, embeddings_ptr, first_row, first, rows, H, OWN, A, OUT_A)
+    squares = _tell(residual, _gain(gain_ptr, first, A, OUT_A), told.gained, first_row, first, rows, H)
+    rest = gl.zeros([OWN, 16], gl.float32, OUT_B)
+    if B > 0:
+        rest += _embedded(tokens_ptr, embeddings_ptr, first_row, first + A, rows, H, OWN, B, OUT_B)
+        more = _tell(rest, _gain(gain_ptr, first + A, B, OUT_B), told.gained, first_row, first + A, rows, H)
+        squares += gl.convert_layout(more, squares.type.layout)
+    _tell_squares(squares, told, own)
+    return residual, rest
+
+
+@gluon.jit
+def _share_out(sums, parts_ptr, own, rows, SIZES: gl.constexpr):
+    """Write this program's share of out_proj."""
+    quarter = gl.program_id(0) // GROUPS
+    WIDTHS: gl.constexpr = (SIZES.A, SIZES.B)
+    for p in gl.static_range(2 if SIZES.B > 0 else 1):
+        share = sums[p].load(_four_sums(WIDTHS[p]))
+        _share(share, parts_ptr + quarter * (ROWS * SIZES.H), own.output + p * SIZES.A, rows, SIZES.H)
+
+
+@gluon.jit
+def _add_shares(residual, gains, told, own, rows, SIZES: gl.constexpr):
+    """The residual with all shares of out_proj, told with the gains of the norm that follows."""
+    H: gl.constexpr = SIZES.H
+    A: gl.constexpr = SIZES.A
+    B: gl.constexpr = SIZES.B
+    residual, rest = residual
+    _, first_row, first = own
+    residual += _shared(told.parts, first_row, first, rows, H, OWN, A, _outputs(A))
+    squares = _tell(residual, gains[0], told.gained, first_row, first, rows, H)
+    if B > 0:
+        rest += _shared(told.parts, first_row, first + A, rows, H, OWN, B, _outputs(B))
+        more = _tell(rest, gains[1], told.gained, first_row, first + A, rows, H)
+        squares += gl.convert_layout(more, squares.type.layout)
+    _tell_squares(squares, told, own)
+    return residual, rest
