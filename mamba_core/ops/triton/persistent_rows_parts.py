@@ -2,11 +2,82 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mamba_core.ops.triton.persistent import _bf16
-from mamba_core.ops.triton.persistent_rows_tiles import HIGH, _indices_2d, _indices_3d, _nothing
+from mamba_core.ops.triton.math import LOG2_E
+from mamba_core.ops.triton.persistent import DECAY, DT_BIAS, GAIN, SKIP, Begin, States, _bf16
+from mamba_core.ops.triton.persistent_rows_tiles import HIGH, _indices_2d, _indices_3d, _nothing, _total
+
+
+class Told(NamedTuple):
+    """Where programs tell each other what they have made: pointers to the rooms that the kernel is given."""
+
+    shares: Any
+    low: Any
+    y: Any
+    gained: Any
+    squares: Any
+
+
+class Kept(NamedTuple):
+    """What is kept of a layer in shared memory: x, gates [B, channels], dt [channels, B] and dt_proj's inputs."""
+
+    x: Any
+    z: Any
+    dt: Any
+    low: Any
+
+
+class Weights(NamedTuple):
+    """Addresses of what the recurrence of a layer needs, and of the gain of the norm that follows."""
+
+    dt_bias: Any
+    decay: Any
+    skip: Any
+    gain: Any
+
+
+@gluon.constexpr_function
+def _layout_of_sums(space, rows, warps):
+    """[tiles, warps, 16, B], room for ``space`` tiles."""
+    return gl.BlockedLayout([1, warps, 1, 1], [1, 1, 32 // rows, rows], [space, 1, warps // space, 1], [3, 2, 1, 0])
+
+
+@gluon.constexpr_function
+def _layout_of_states(sizes):
+    """[8, channels, N]."""
+    return gl.BlockedLayout([1, 1, 4], [1, 8, 4], [sizes.WARPS // sizes.S_WARPS, sizes.S_WARPS, 1], [2, 1, 0])
+
+
+@gluon.jit
+def _of_group(begin, states, told, counter_ptr, SIZES: gl.constexpr):
+    """The pointers of all, to what this group of programs has of it."""
+    BLOCK_B: gl.constexpr = SIZES.BLOCK_B
+    LOW_WIDTH: gl.constexpr = SIZES.R + 2 * SIZES.N
+    group = gl.program_id(1)
+    tokens_ptr = begin.tokens + group * BLOCK_B
+    slots_ptr = states.slots + group * BLOCK_B
+    gained_ptr = told.gained + group * (BLOCK_B * SIZES.H)
+    y_ptr = told.y + group * (BLOCK_B * SIZES.D)
+    low_ptr = told.low + group * (BLOCK_B * LOW_WIDTH)
+    shares_ptr = told.shares + group * (SIZES.PROGRAMS * LOW_WIDTH * BLOCK_B)
+    squares_ptr = told.squares + group * BLOCK_B
+    conv_ptr, ssm_ptr, conv_layer_stride, conv_stride, ssm_layer_stride, ssm_stride, _ = states
+    return (
+        Begin(tokens_ptr, begin.embeddings, begin.gain),
+        States(conv_ptr, ssm_ptr, conv_layer_stride, conv_stride, ssm_layer_stride, ssm_stride, slots_ptr),
+        Told(shares_ptr, low_ptr, y_ptr, gained_ptr, squares_ptr),
+        counter_ptr + group * 32,
+    )
+
+
+@gluon.jit
+def _weights_of_states(entry):
+    dt_bias_at, decay_at = gl.load(entry + DT_BIAS), gl.load(entry + DECAY)
+    return Weights(dt_bias_at, decay_at, gl.load(entry + SKIP), gl.load(entry + GAIN))
 
 
 @gluon.jit
@@ -20,18 +91,20 @@ def _home(slot, stride):
 
 
 @gluon.jit
-def _state(ssm, slot, first, count, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
+def _state(ssm, slot, own, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
     """The state of eight rows, [8, channels, N]; rows that are not there have that of a slot that is."""
     ssm_ptr, stride = ssm
+    first, count = own
     N: gl.constexpr = SIZES.N
     _, d, n = _indices_3d(8, SIZES.BLOCK_C, SIZES.BLOCK_N, LAYOUT)
     return gl.load(ssm_ptr + _home(slot, stride) + ((first + d) * N + n), mask=(d < count) & (n < N), other=0.0)
 
 
 @gluon.jit
-def _inputs_of_state(low_ptr, part, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
+def _inputs_of_state(low_ptr, part, SIZES: gl.constexpr):
     """B and C of eight rows, [8, N] each."""
     N: gl.constexpr = SIZES.N
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, _layout_of_states(SIZES))
     b, n = _indices_2d(8, SIZES.BLOCK_N, LAYOUT)
     at = low_ptr + ((part * 8 + b) * (SIZES.R + 2 * N) + SIZES.R + n)
     mask = (n < N) & (b >= 0)
@@ -40,106 +113,111 @@ def _inputs_of_state(low_ptr, part, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
 
 
 @gluon.jit
-def _window_at(conv, slot, c, SIZES: gl.constexpr):
-    """Where the oldest inputs are that the convolution of channels c keeps, and how far apart the taps are."""
-    conv_ptr, stride = conv
-    D: gl.constexpr = SIZES.D
-    K: gl.constexpr = SIZES.K
-    home = conv_ptr + _home(slot, stride)
-    if SIZES.TAP_MAJOR:
-        return home + c, D
-    else:  # noqa: RET505  what is not there must not be compiled
-        return home + c * (K - 1), 1
+def _keep_states(ssm, slots, moved, own, rows, SIZES: gl.constexpr):
+    """Write back all rows' states."""
+    LAYOUT: gl.constexpr = _layout_of_states(SIZES)
+    N: gl.constexpr = SIZES.N
+    ssm_ptr, stride = ssm
+    first, count = own
+    for part in gl.static_range(SIZES.BLOCK_B // 8):
+        b, d, n = _indices_3d(8, SIZES.BLOCK_C, SIZES.BLOCK_N, LAYOUT)
+        h_ptr = ssm_ptr + _home(slots[part], stride) + ((first + d) * N + n)
+        mask = (d < count) & (n < N) & (part * 8 + b < rows)
+        gl.store(h_ptr, moved[part].to(ssm_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
-def _small(weights_at, conv, slot, own, rows, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
-    """Of the convolution: the window of this program's channels, the taps and the bias, [tiles, 16, B] each."""
-    taps_at, conv_bias_at = weights_at
+def _decay(weights, own, SIZES: gl.constexpr):
+    """What states decay by, [8, channels, N], to the base of 2."""
+    LAYOUT: gl.constexpr = _layout_of_states(SIZES)
+    N: gl.constexpr = SIZES.N
     first, count = own
-    K: gl.constexpr = SIZES.K
-    C_SPACE: gl.constexpr = SIZES.BLOCK_C // HIGH
-    tile, row, b = _indices_3d(C_SPACE, HIGH, SIZES.BLOCK_B, LAYOUT)
-    c = tile * HIGH + row
-    mask = c < count
-    taps_ptr = _bf16(taps_at) + (first + c) * K
-    window_ptr, TAP_STRIDE = _window_at(conv, slot, first + c, SIZES)
-    small = ()
-    for j in gl.static_range(K - 1):
-        small += (gl.load(window_ptr + j * TAP_STRIDE, mask=mask & (b < rows), other=0.0),)
-    for j in gl.static_range(K):
-        small += (gl.load(taps_ptr + j, mask=mask, other=0.0),)
-    if SIZES.HAS_CONV_BIAS:
-        small += (gl.load(_bf16(conv_bias_at) + (first + c), mask=mask, other=0.0),)
-    return small
+    _, d, n = _indices_3d(8, SIZES.BLOCK_C, SIZES.BLOCK_N, LAYOUT)
+    decay_ptr = weights.decay.to(gl.pointer_type(gl.float32)) + first * N
+    a_ptr = gl.multiple_of(decay_ptr + (d * N + n), [1, 1, 16])
+    return gl.load(a_ptr, mask=(d < count) & (n < N), other=0.0) * LOG2_E
 
 
 @gluon.jit
-def _past(weights_at, conv, slot, own, rows, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
-    """The same, weighed: the convolution but for its newest inputs, their taps, and the columns of the window."""
-    taps_at, conv_bias_at = weights_at
+def _constants_of_channels(weights, own, SIZES: gl.constexpr):
+    """dt_proj's bias, and what of x goes past the states."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(2, _layout_of_states(SIZES))
     first, count = own
-    K: gl.constexpr = SIZES.K
-    C_SPACE: gl.constexpr = SIZES.BLOCK_C // HIGH
-    tile, row, b = _indices_3d(C_SPACE, HIGH, SIZES.BLOCK_B, LAYOUT)
-    c = tile * HIGH + row
-    mask = c < count
-    taps_ptr = _bf16(taps_at) + (first + c) * K
+    _, d = _indices_2d(8, SIZES.BLOCK_C, LAYOUT)
+    dt_bias_ptr = _bf16(weights.dt_bias) + first
+    dt_bias = gl.load(dt_bias_ptr + d, mask=d < count, other=0.0).to(gl.float32)
+    skip_ptr = weights.skip.to(gl.pointer_type(SIZES.SKIP_DTYPE)) + first
+    return dt_bias, gl.load(skip_ptr + d, mask=d < count, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _gain(weights, own, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
+    """That of the norm that follows, [tiles, 16, 1]."""
+    O_ROWS: gl.constexpr = SIZES.O_ROWS
+    first, count = own
+    tile, row, _ = _indices_3d(SIZES.O_SPACE, HIGH, SIZES.BLOCK_B, LAYOUT)
+    o = tile * O_ROWS + row
+    next_gain_ptr = _bf16(weights.gain) + first
+    return gl.load(next_gain_ptr + o, mask=(row < O_ROWS) & (o < count), other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _out_bias(bias_at, own, rows, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
+    """out_proj's, for rows that are there."""
+    O_ROWS: gl.constexpr = SIZES.O_ROWS
+    first, count = own
+    tile, row, b = _indices_3d(SIZES.O_SPACE, HIGH, SIZES.BLOCK_B, LAYOUT)
+    o = tile * O_ROWS + row
+    bias_ptr = _bf16(bias_at) + first
+    bias = gl.load(bias_ptr + o, mask=(row < O_ROWS) & (o < count), other=0.0)
+    return gl.where(b < rows, bias.to(gl.float32), 0.0)
+
+
+@gluon.jit
+def _own_sums(sums, own, rows, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
+    """out_proj's sums, [tiles, 16, B]; what is not there is zero."""
+    O_ROWS: gl.constexpr = SIZES.O_ROWS
+    O_SPACE: gl.constexpr = SIZES.O_SPACE
+    OUTPUT: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    _, count = own
+    tile, row, b = _indices_3d(O_SPACE, HIGH, SIZES.BLOCK_B, OUTPUT)
+    mask = (row < O_ROWS) & (tile * O_ROWS + row < count) & (b < rows)
+    return gl.where(mask, _total(sums, O_SPACE, LAYOUT, SIZES), 0.0)
+
+
+@gluon.jit
+def _squares(squares_ptr, SIZES: gl.constexpr):
+    """Those of the residual, a share of each program for each of B."""
     BLOCK_B: gl.constexpr = SIZES.BLOCK_B
-    past = gl.zeros([C_SPACE, HIGH, BLOCK_B], gl.float32, LAYOUT)
-    if SIZES.HAS_CONV_BIAS:
-        conv_bias_ptr = _bf16(conv_bias_at) + first
-        past += gl.load(conv_bias_ptr + c, mask=mask, other=0.0).to(gl.float32)
-    window_ptr, TAP_STRIDE = _window_at(conv, slot, first + c, SIZES)
-    columns = ()
-    for j in gl.static_range(K - 1):
-        old = gl.load(window_ptr + j * TAP_STRIDE, mask=mask & (b < rows), other=0.0)
-        past += old.to(gl.float32) * gl.load(taps_ptr + j, mask=mask, other=0.0).to(gl.float32)
-        columns += (old,)
-    newest = gl.load(taps_ptr + K - 1, mask=mask, other=0.0).to(gl.float32)
-    return past, newest, columns
+    EACH: gl.constexpr = gl.BlockedLayout([1, 4], [128 // BLOCK_B, BLOCK_B // 4], [SIZES.WARPS, 1], [1, 0])
+    p, b = _indices_2d(SIZES.P_SPACE, BLOCK_B, EACH)
+    squares_at = squares_ptr + (p * (SIZES.GROUPS * BLOCK_B) + b)
+    return gl.load(squares_at, mask=(p < SIZES.PROGRAMS) & (b >= 0), other=0.0, cache_modifier=".cg")
 
 
 @gluon.jit
-def _begin(
-    tokens_ptr,
-    embeddings_ptr,
-    gain_ptr,
-    first,
-    count,
-    rows,
-    LAYOUT: gl.constexpr,
-    SIZES: gl.constexpr,
-):
+def _begin(begin, own, rows, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
     """This program's part of the residual, the tokens' embeddings, [tiles, 16, B], and the gain of the first norm."""
     O_ROWS: gl.constexpr = SIZES.O_ROWS
+    first, count = own
     tile, row, b = _indices_3d(SIZES.O_SPACE, HIGH, SIZES.BLOCK_B, LAYOUT)
     o = tile * O_ROWS + row
     mask = (row < O_ROWS) & (o < count)
-    token = gl.load(tokens_ptr + b, mask=b < rows, other=0)
-    at = embeddings_ptr + token * SIZES.H + (first + o)
+    token = gl.load(begin.tokens + b, mask=b < rows, other=0)
+    at = begin.embeddings + token * SIZES.H + (first + o)
     residual = gl.load(at, mask=mask & (b < rows), other=0.0).to(gl.float32)
-    return residual, gl.load(gain_ptr + first + o, mask=mask, other=0.0).to(gl.float32)
+    return residual, gl.load(begin.gain + first + o, mask=mask, other=0.0).to(gl.float32)
 
 
 @gluon.jit
-def _tell(
-    residual,
-    gain,
-    gained_ptr,
-    squares_ptr,
-    first,
-    count,
-    rows,
-    LAYOUT: gl.constexpr,
-    SIZES: gl.constexpr,
-):
+def _tell(residual, gain, told, own, rows, LAYOUT: gl.constexpr, SIZES: gl.constexpr):
     """Write this program's part of the residual [tiles, 16, B] for all: with the gain of the norm, and its squares."""
     O_ROWS: gl.constexpr = SIZES.O_ROWS
+    first, count = own
     tile, row, b = _indices_3d(SIZES.O_SPACE, HIGH, SIZES.BLOCK_B, LAYOUT)
     o = tile * O_ROWS + row
     mask = (row < O_ROWS) & (o < count) & (b < rows)
-    gl.store(gained_ptr + (b * SIZES.H + first + o), (residual * gain).to(gl.bfloat16), mask=mask)
+    gl.store(told.gained + (b * SIZES.H + first + o), (residual * gain).to(gl.bfloat16), mask=mask)
     square = gl.sum(gl.sum(residual * residual, axis=0), axis=0)
     b = gl.arange(0, SIZES.BLOCK_B, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
-    gl.store(squares_ptr + gl.program_id(0) * (SIZES.GROUPS * SIZES.BLOCK_B) + b, square)
+    gl.store(told.squares + gl.program_id(0) * (SIZES.GROUPS * SIZES.BLOCK_B) + b, square)
