@@ -57,4 +57,9 @@ def unpack(packed: Path, model_folder: Path) -> None:
     for shard in sorted(packed.glob("*.safetensors")):
         (model_folder / shard.name).write_bytes(shard.read_bytes())
     with tarfile.open(packed / "rest.tar") as tar:
-        tar.extractall(model_folder, filter="data")
+        # what would keep extractall from writing elsewhere is missing in the first releases of Python 3.11
+        for member in tar:
+            content = tar.extractfile(member)
+            if content is None:
+                raise ValueError(f"{member.name} in {packed / 'rest.tar'} is no file")
+            (model_folder / Path(member.name).name).write_bytes(content.read())

@@ -105,12 +105,15 @@ def test_splits_are_drawn_anew_each_epoch(tiny_run: TinyRun) -> None:
 
 
 def test_a_stream_started_anywhere_continues_the_same_batches(tiny_run: TinyRun) -> None:
-    num_batches = 400  # several shards and into the second epoch
-    stream = iter(BatchStream(stream_settings(tiny_run), Position()))
-    batches = [next(stream) for _ in range(num_batches)]
-
-    assert batches[-1][1].epoch >= 1
-    for start in (0, 57, 58, 59, 211, 390):
+    batches: list[tuple[np.ndarray, Position]] = []
+    # several shards and into the second epoch; how long one takes depends on the release of Python
+    for batch in BatchStream(stream_settings(tiny_run), Position()):
+        batches.append(batch)
+        if batch[1].epoch >= 1 and len(batches) % 50 == 0:
+            break
+    num_batches = len(batches)
+    assert num_batches > 200
+    for start in (0, 57, 58, 59, 150, num_batches - 10):
         resumed = iter(BatchStream(stream_settings(tiny_run), batches[start][1]))
         for expected, _ in batches[start + 1 : start + 4]:
             assert np.array_equal(next(resumed)[0], expected)
