@@ -114,6 +114,9 @@ class EngineCollector(Collector):
         yield slots
         yield from _step_metrics(stats)
         yield CounterMetricFamily("mamba_engine_restarts", "Times the engine was started again.", engine.num_restarts)
+        yield CounterMetricFamily(
+            "mamba_requests_resumed", "Requests that went on after the engine was started again.", engine.num_resumed
+        )
         yield GaugeMetricFamily(
             "mamba_engine_heartbeat_age_seconds", "Since the engine last showed that it runs.", engine.heartbeat_age()
         )

@@ -12,6 +12,7 @@ from app.api import middleware
 from app.api.protocol import ConnectionLimits
 from app.cli import shown_default
 from app.engine import grammars
+from app.engine.client import journal
 from app.serving import chat_sandbox, chat_template
 from app.serving.limits import ServingLimits
 from app.settings import Settings, flag_name
@@ -98,6 +99,11 @@ def limits() -> dict[str, tuple[Limit, ...]]:
             Limit("prompt tokens that wait", "429", "max_queue_tokens"),
             Limit("bytes of bodies that `/tokenize` and `/detokenize` work on at once", "429", "max_body_size"),
             Limit("seconds of one step of the engine", "`/readyz` 503; twice that, `/livez` 503", "heartbeat_timeout"),
+            Limit(
+                "bytes of what the engine told of open requests, with which they go on if it dies",
+                "the oldest do not go on",
+                value=str(journal.MAX_BYTES),
+            ),
             Limit("seconds to finish after SIGTERM", "an error event, or 503", "shutdown_timeout"),
         ),
         "One request": (

@@ -35,6 +35,7 @@ class _Engine:
     status = EngineStatus.READY
     stats = EngineStats()
     num_restarts = 0
+    num_resumed = 0
     info = ModelInfo("", "MambaForCausalLM", 0, 0, 0, 0, "bfloat16", "float32", "cpu", 0, 0, None, (), None)
 
     def heartbeat_age(self) -> float:

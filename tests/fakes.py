@@ -74,6 +74,7 @@ class FakeEngine:
     failure: str = "error"
     status: EngineStatus = EngineStatus.READY
     num_restarts: int = 0
+    num_resumed: int = 0
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[tuple[str, int]] = field(default_factory=list)
     live: dict[str, FakeStream] = field(default_factory=dict)

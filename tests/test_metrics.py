@@ -20,6 +20,7 @@ class Source:
     on_wait: Callable[[float], None]
     stats = EngineStats(num_running=3, num_waiting=2, num_slots_used=3, num_slots=4, num_steps=7)
     num_restarts = 1
+    num_resumed = 5
 
     @property
     def info(self) -> ModelInfo:
@@ -48,6 +49,7 @@ def test_counts_while_the_model_loads() -> None:
     assert (page[("mamba_slots", "used")], page[("mamba_slots", "free")]) == (3, 1)
     assert page[("mamba_engine_steps_total",)] == 7
     assert page[("mamba_engine_restarts_total",)] == 1
+    assert page[("mamba_requests_resumed_total",)] == 5
     assert page[("mamba_ready",)] == 0
     assert ("mamba_state_bytes_per_sequence",) not in page
 

@@ -39,7 +39,7 @@ class _Waiting:
 
     def ends(self, reason: FinishReason, error: str | None = None) -> list[Event]:
         """Of the samples that have not ended."""
-        left = (sample for sample in range(self.request.n) if sample not in self.aborted)
+        left = (sample for sample in self.request.unfinished if sample not in self.aborted)
         name = self.request.request_id
         return [TokenEvent(name, sample, None, finish_reason=reason, error=error) for sample in left]
 
@@ -68,7 +68,7 @@ class CompileQueue:
     @property
     def num_samples(self) -> int:
         """Samples that wait."""
-        return sum(waiting.request.n - len(waiting.aborted) for waiting in self._waiting.values())
+        return sum(len(waiting.request.unfinished) - len(waiting.aborted) for waiting in self._waiting.values())
 
     @property
     def is_waiting(self) -> bool:
@@ -102,9 +102,9 @@ class CompileQueue:
     def abort(self, request_id: str, sample: int | None) -> list[Event]:
         """End one sample of a request that waits, or all. What does not wait is ignored."""
         waiting = self._waiting.get(request_id)
-        if waiting is None or sample in waiting.aborted or not (sample is None or 0 <= sample < waiting.request.n):
+        if waiting is None or sample in waiting.aborted or sample not in (None, *waiting.request.unfinished):
             return []
-        if sample is None or len(waiting.aborted) == waiting.request.n - 1:
+        if sample is None or len(waiting.aborted) == len(waiting.request.unfinished) - 1:
             del self._waiting[request_id]
             waiting.matcher.cancel()
             return waiting.ends(FinishReason.ABORT)

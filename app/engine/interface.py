@@ -67,6 +67,10 @@ class EngineClient(Protocol):
     @property
     def num_restarts(self) -> int: ...
 
+    @property
+    def num_resumed(self) -> int:
+        """Requests that went on after the engine was started again."""
+
     def watch_queue(self, observer: Callable[[float], None]) -> None:
         """Have ``observer`` told the seconds that each request was in the queue, once it has left it for a slot."""
 

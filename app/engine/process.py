@@ -150,7 +150,8 @@ class Desk:
         """One step of the engine, as a report."""
         events, self._refusals = self._refusals, []
         events = events + self._engine.step()
-        waits = [at - self._arrivals.pop(request_id) for request_id, at in self._engine.take_admissions()]
+        admitted = [(at, self._arrivals.pop(name, None)) for name, at in self._engine.take_admissions()]
+        waits = [at - arrival for at, arrival in admitted if arrival is not None]
         report = pack_events(events, self._keys, self._engine.stats, waits)
         if report.rich:
             # ends are among them
@@ -169,14 +170,15 @@ class Desk:
 
     def _submit(self, key: int, request: GenerationRequest) -> None:
         self._keys[request.request_id] = key
-        self._num_unfinished[request.request_id] = request.n
-        self._arrivals[request.request_id] = time.monotonic()
+        self._num_unfinished[request.request_id] = len(request.unfinished)
+        if request.progress is None:
+            self._arrivals[request.request_id] = time.monotonic()
         try:
             self._engine.submit(request)
         except ValueError as error:
             self._refusals += [
                 TokenEvent(request.request_id, sample, None, finish_reason=FinishReason.ERROR, error=str(error))
-                for sample in range(request.n)
+                for sample in request.unfinished
             ]
 
     def _finish_sample(self, request_id: str) -> None:

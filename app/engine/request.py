@@ -49,12 +49,23 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a request had come in an engine that died: ``outputs`` has the tokens of each sample, None for one that
+    is over. The log-probabilities of prompt tokens up to ``num_scored`` have been told.
+    """
+
+    outputs: tuple[tuple[int, ...] | None, ...]
+    num_scored: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One prompt and the ``n`` continuations wanted of it.
 
     ``stop_token_ids`` end a sequence, end-of-text included unless the client asked to ignore it. ``max_tokens`` 0
     is allowed together with ``prompt_logprobs``, whose meaning is that of ``SamplingParams.logprobs``. Of the requests
     that wait, those of lower ``priority`` come first, then those that arrived first; none displaces one that runs.
+    With ``progress`` each sample goes on behind what it has, of which nothing is told again.
     """
 
     request_id: str
@@ -65,6 +76,14 @@ class GenerationRequest:
     n: int = 1
     prompt_logprobs: int | None = None
     priority: int = 0
+    progress: Progress | None = None
+
+    @property
+    def unfinished(self) -> tuple[int, ...]:
+        """The samples that are not over."""
+        if self.progress is None:
+            return tuple(range(self.n))
+        return tuple(sample for sample, output in enumerate(self.progress.outputs) if output is not None)
 
 
 class FinishReason(StrEnum):

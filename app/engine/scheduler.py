@@ -14,6 +14,7 @@ from app.engine.request import (
     Event,
     FinishReason,
     GenerationRequest,
+    Progress,
     PromptLogprobsEvent,
     TokenEvent,
     TokenLogprobs,
@@ -86,12 +87,20 @@ class Scheduler:
         """
         self.check(request)
         last, stop_token_ids = request.prompt_token_ids[-1], frozenset(request.stop_token_ids)
-        sequences = [Sequence(request, sample, stop_token_ids, last) for sample in range(request.n)]
-        for sequence, constraint in zip(sequences, constraints, strict=False):
-            sequence.constraint = constraint
-        self._live[request.request_id] = dict(enumerate(sequences))
-        self._num_live += request.n
+        samples = {sample: Sequence(request, sample, stop_token_ids, last) for sample in request.unfinished}
+        for sample, constraint in enumerate(constraints):
+            if sample in samples:
+                samples[sample].constraint = constraint
+        self._live[request.request_id] = samples
+        self._num_live += len(samples)
+        sequences = list(samples.values())
+        if request.progress is not None:
+            sequences = self._take_up(sequences, request.progress)
+            if not sequences:
+                return
         prefill = _start_prefill(request, sequences, array("q", request.prompt_token_ids))
+        if request.progress is not None:
+            prefill.num_reported = request.progress.num_scored
         if (first := sequences[0].constraint) is not None:
             _open(prefill, first.opening(request.max_tokens - 1))
         self._queue(prefill)
@@ -174,9 +183,7 @@ class Scheduler:
             for sequence in prefill.sequences:
                 sequence.prefill = prefill
         ran = [sequence for sequence in (*self._running, *self._ending) if not sequence.is_finished]
-        replays = [_start_prefill(s.request, [s], s.tokens) for s in ran if s.prefill is None]
-        for prefill in replays:
-            prefill.num_reported = prefill.num_tokens
+        replays = [_start_replay(sequence) for sequence in ran if sequence.prefill is None]
         begun = [prefill for prefill in self._suspects + self._settling + self._prefilling if prefill.sequences]
         for prefill in begun:
             prefill.num_done = 0
@@ -245,6 +252,15 @@ class Scheduler:
         if last := self._last_plans.pop(number, None):
             self._ending |= last
             self._running = tuple(sequence for sequence in self._running if sequence not in last)
+
+    def _take_up(self, sequences: list[Sequence], progress: Progress) -> list[Sequence]:
+        """Queue those that have output already, each alone; the others, which have a prefill in common."""
+        for sequence in sequences:
+            if output := progress.outputs[sequence.sample]:
+                sequence.output.extend(output)
+                sequence.next_token = output[-1]
+                self._queue(_start_replay(sequence))
+        return [sequence for sequence in sequences if not sequence.output]
 
     def _queue(self, prefill: Prefill) -> None:
         priority = prefill.request.priority
@@ -418,6 +434,13 @@ def _start_prefill(request: GenerationRequest, sequences: list[Sequence], tokens
     prefill = Prefill(request, sequences, tokens)
     for sequence in sequences:
         sequence.prefill = prefill
+    return prefill
+
+
+def _start_replay(sequence: Sequence) -> Prefill:
+    """The prefill of all that a sequence has, by itself and without a word."""
+    prefill = _start_prefill(sequence.request, [sequence], sequence.tokens)
+    prefill.num_reported = prefill.num_tokens
     return prefill
 
 

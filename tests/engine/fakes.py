@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,15 @@ from app.engine.chunk_graphs import ChunkGraphs, Shape
 from app.engine.decoder import Model
 from app.engine.engine import Engine
 from app.engine.graphs import GraphSteps
-from app.engine.request import Event, FinishReason, GenerationRequest, PromptLogprobsEvent, SamplingParams, TokenEvent
+from app.engine.request import (
+    Event,
+    FinishReason,
+    GenerationRequest,
+    Progress,
+    PromptLogprobsEvent,
+    SamplingParams,
+    TokenEvent,
+)
 from app.engine.runner import Runner
 from app.engine.sampler import GREEDY_TEMPERATURE
 from app.engine.sequence import StepPlan
@@ -273,10 +282,13 @@ def make_request(
     stop: Sequence[int] = (),
     prompt_logprobs: int | None = None,
     temperature: float = 0.0,
+    progress: Progress | None = None,
     **sampling: object,
 ) -> GenerationRequest:
     params = SamplingParams(temperature=temperature, **sampling)  # type: ignore[arg-type]
-    return GenerationRequest(request_id, tuple(prompt), params, max_tokens, tuple(stop), n, prompt_logprobs)
+    return GenerationRequest(
+        request_id, tuple(prompt), params, max_tokens, tuple(stop), n, prompt_logprobs, progress=progress
+    )
 
 
 class Transcript:
@@ -304,6 +316,20 @@ class Transcript:
 
     def reason(self, request_id: str, sample: int = 0) -> FinishReason | None:
         return self.ends[request_id, sample].finish_reason
+
+
+def taken_up(request: GenerationRequest, transcript: Transcript) -> GenerationRequest | None:
+    """What a new engine is asked after one that died had told so much; None if that was all."""
+    name = request.request_id
+    outputs = [
+        None if (name, sample) in transcript.ends else tuple(transcript.tokens.get((name, sample), ()))
+        for sample in range(request.n)
+    ]
+    if set(outputs) == {None}:
+        return None
+    last = transcript.prompt_slices.get(name, [])[-1:]
+    num_scored = sum(piece.start + len(piece.logprobs) - 1 for piece in last)
+    return replace(request, progress=Progress(tuple(outputs), num_scored))
 
 
 def run(engine: Engine, *requests: GenerationRequest) -> Transcript:

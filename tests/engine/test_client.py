@@ -240,15 +240,69 @@ async def test_a_killed_process_is_noticed_and_started_again() -> None:
         await first_events(stream)
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
-        with pytest.raises(EngineDied, match="SIGKILL"):
-            await collect(stream)
-        assert client.status is EngineStatus.RESTARTING
+        await until(lambda: client.status is EngineStatus.RESTARTING)
         with pytest.raises(EngineUnavailable, match="restarting"):
             Watcher(client, make_request())
         client.abandon("long")
         await until(lambda: client.status is EngineStatus.READY)
-        assert client.num_restarts == 1
+        assert (client.num_restarts, client.num_resumed) == (1, 0)
         assert len((await collect(Watcher(client, make_request("long")))).tokens["long", 0]) == 4
+
+
+async def test_requests_go_on_after_a_process_was_killed(tmp_path: Path) -> None:
+    async with ready(make_client(f"kill_at=20&once={tmp_path / 'died.txt'}")) as client:
+        requests = [
+            make_request("plain", [3, 4, 5], 50),
+            make_request("over", [6, 7], 3),
+            make_request("many", [9] * 40, 30, n=2),
+            make_request("rich", [1, 2], 40, logprobs=1),
+            make_request("waits", [8], 5),
+        ]
+        watchers = [Watcher(client, request) for request in requests]
+        transcript = await collect(*watchers)
+        assert (client.num_restarts, client.num_resumed) == (1, 4)
+        for request in requests:
+            start, name = len(request.prompt_token_ids), request.request_id
+            for sample in range(request.n):
+                expected = [
+                    expected_token(request.prompt_token_ids, sample, start + i) for i in range(request.max_tokens)
+                ]
+                assert transcript.tokens[name, sample] == expected
+                assert transcript.reason(name, sample) is FinishReason.LENGTH
+        assert all(event.logprobs for event in transcript.events["rich", 0])
+        await until(lambda: client.stats.num_slots_used == 0)
+
+
+async def test_a_sample_that_was_aborted_does_not_go_on() -> None:
+    async with ready(make_client("pace=0.01")) as client:
+        watcher = Watcher(client, make_request("many", max_tokens=ENDLESS, n=2))
+        await first_events(watcher)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        await until(lambda: client.status is EngineStatus.RESTARTING)
+        client.abort_sample("many", 0)
+        await until(lambda: ("many", 0) in watcher.transcript.ends)
+        assert watcher.transcript.reason("many", 0) is FinishReason.ABORT
+        num_before = len(watcher.transcript.tokens["many", 1])
+        await until(lambda: len(watcher.transcript.tokens["many", 1]) > num_before)
+
+
+async def test_a_request_that_was_there_at_two_deaths_is_lost_and_others_go_on() -> None:
+    async with ready(make_client("pace=0.01")) as client:
+        first = Watcher(client, make_request("first", [1], max_tokens=ENDLESS))
+        await first_events(first)
+        for num_deaths in (1, 2):
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: client.status is EngineStatus.RESTARTING)
+            await until(lambda: client.status is EngineStatus.READY)
+            if num_deaths == 1:
+                second = Watcher(client, make_request("second", [2, 3], max_tokens=300))
+                await first_events(second)
+        assert "SIGKILL" in str(first.error)
+        tokens = (await collect(second)).tokens["second", 0]
+        assert tokens == [expected_token((2, 3), 0, position) for position in range(2, 302)]
+        assert client.num_resumed == 2
 
 
 async def test_a_process_that_dies_too_often_is_fatal() -> None:

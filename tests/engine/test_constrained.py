@@ -28,6 +28,7 @@ from tests.engine.fakes import (
     make_cache,
     make_request,
     make_runner,
+    taken_up,
 )
 from tests.engine.fakes import run as run_all
 from tests.engine.spelling import END, make_compiler, regex, spell, tokens_of
@@ -370,3 +371,30 @@ def test_compiled_grammars_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for source in ("a1", "b1", "a1", "c1", "a1", "b1"):
         compiler.compile(regex(source))
     assert [grammar.source for grammar in made] == ["a1", "b1", "c1", "b1"]
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5, 8, 20])
+def test_a_new_engine_goes_on_where_one_died(make_engine: EngineMaker, num_steps: int) -> None:
+    requests = [*crowd(), make_request("scored", [4] * 30, 5, prompt_logprobs=1, logprobs=0, n=2)]
+    expected = run(make_engine(16), *requests)
+    dying = make_engine(16)
+    told = Transcript()
+    for request in requests:
+        dying.submit(request)
+    while dying.is_compiling and num_steps:
+        told.add(dying.step())
+        time.sleep(0.001)
+    for _ in range(num_steps):
+        told.add(dying.step())
+    rest = run(make_engine(16), *(request for one in requests if (request := taken_up(one, told)) is not None))
+    for key, tokens in expected.tokens.items():
+        assert told.tokens.get(key, []) + rest.tokens.get(key, []) == tokens, key
+    ends = told.ends | rest.ends
+    assert {key: end.finish_reason for key, end in ends.items()} == {
+        key: end.finish_reason for key, end in expected.ends.items()
+    }
+    scores, whole = (
+        [one for part in parts for piece in part.prompt_slices.get("scored", []) for one in piece.logprobs]
+        for parts in ((told, rest), (expected,))
+    )
+    assert scores == whole

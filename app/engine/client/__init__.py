@@ -27,9 +27,10 @@ KILL_SECONDS = 5.0
 class ProcessEngineClient:
     """An engine in a process of its own, as ``interface.EngineClient``. Lives on one event loop.
 
-    A process that dies takes its live requests with it and is started again, at most ``max_restarts`` times within
-    ``restart_window`` seconds; beyond that, or when it can no longer load, ``fatal`` is done and nothing is tried any
-    more. ``command`` starts the process; tests give one that injects faults. ``early`` becomes the first process.
+    A process that dies is started again, at most ``max_restarts`` times within ``restart_window`` seconds, and its live
+    requests go on behind the tokens that were told; one that was live in two such deaths is lost. After more restarts,
+    or when the process can no longer load, all are lost, ``fatal`` is done and nothing is tried any more. ``command``
+    starts the process; tests give one that injects faults. ``early`` becomes the first process.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ProcessEngineClient:
         self._model_dir: str | None = None
         self._stats = EngineStats()
         self._num_restarts = 0
+        self._num_resumed = 0
         self._last_beat = 0.0
         self._on_wait: Callable[[float], None] | None = None
         self._start_error: str | None = None
@@ -89,6 +91,11 @@ class ProcessEngineClient:
     @property
     def num_restarts(self) -> int:
         return self._num_restarts
+
+    @property
+    def num_resumed(self) -> int:
+        """Requests that went on in another process."""
+        return self._num_resumed
 
     @property
     def pid(self) -> int | None:
@@ -128,8 +135,10 @@ class ProcessEngineClient:
 
     def abort_sample(self, request_id: str, sample: int) -> None:
         """End one sample early; its event still arrives. What is not live is ignored."""
-        if self._child is not None and request_id in self._live:
-            self._child.send(Abort(request_id, sample))
+        if request_id in self._live:
+            self._live.note_abort(request_id, sample)
+            if self._child is not None:
+                self._child.send(Abort(request_id, sample))
 
     def abandon(self, request_id: str) -> None:
         """End all of a request, of which nothing is told any more. What is not live is ignored."""
@@ -176,14 +185,14 @@ class ProcessEngineClient:
         if self._status is EngineStatus.STOPPED:
             raise EngineUnavailable("the engine was stopped")
 
-    def _on_report(self, report: Report) -> None:
+    def _on_report(self, report: Report, message: bytes) -> None:
         self._last_beat = asyncio.get_running_loop().time()
         if isinstance(report, StepReport):
             self._stats = report.stats
             if report.waits and self._on_wait is not None:
                 for seconds in report.waits:
                     self._on_wait(seconds)
-            self._live.deliver(report)
+            self._live.deliver(report, message)
         elif isinstance(report, Beat):
             self._stats = report.stats or self._stats
         elif isinstance(report, Checked):
@@ -199,6 +208,7 @@ class ProcessEngineClient:
         self._info, self._stats = info, report.stats
         if self._status is not EngineStatus.STOPPED:
             self._status = EngineStatus.READY
+            self._resume()
         self._ready.set()
         logger.info(
             "engine ready: %s, %.1f M parameters, %s on %s; slots: %d x %.1f MiB",
@@ -210,6 +220,12 @@ class ProcessEngineClient:
             info.state_bytes_per_seq / 2**20,
         )
 
+    def _resume(self) -> None:
+        assert self._child is not None
+        for command in self._live.resume():
+            self._child.send(command)
+            self._num_resumed += isinstance(command, Submit)
+
     def _on_exit(self, status: int) -> None:
         self._child = None
         self._stats = EngineStats()
@@ -217,7 +233,8 @@ class ProcessEngineClient:
             return
         was_starting = self._status is EngineStatus.STARTING
         ending = _describe_exit(status)
-        self._live.lose_all(EngineDied(f"the engine process {ending}"))
+        if self._status is EngineStatus.READY:
+            self._live.interrupt(EngineDied(f"the engine process {ending}"))
         if self._start_error is not None:
             self._give_up(self._start_error)
         elif was_starting:
@@ -243,6 +260,7 @@ class ProcessEngineClient:
 
     def _give_up(self, reason: str) -> None:
         self._status = EngineStatus.STOPPED
+        self._live.lose_all(EngineDied(reason))
         if not self.fatal.done():
             self.fatal.set_result(EngineStartError(reason))
 

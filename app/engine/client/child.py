@@ -35,15 +35,15 @@ _MAX_DIRECTORY_LENGTH = 90
 class EngineChild:
     """A started process. Made and used on one event loop, where its callbacks run; dies with the thread of that loop.
 
-    ``on_report`` gets each message, ``on_exit`` the exit status (a negative signal number for a violent death) once,
-    after the last message. Raises OSError when it cannot be started.
+    ``on_report`` gets each message, taken apart and as it came, ``on_exit`` the exit status (a negative signal number
+    for a violent death) once, after the last message. Raises OSError when it cannot be started.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         config: EngineConfig,
-        on_report: Callable[[Report], None],
+        on_report: Callable[[Report, bytes], None],
         on_exit: Callable[[int], None],
         early: EarlyProcess | None = None,
     ) -> None:
@@ -143,7 +143,7 @@ class EngineChild:
                 return
             num_reads += 1
             self._note_connection()
-            self._on_report(self._decoder.decode(message))
+            self._on_report(self._decoder.decode(message), message)
 
     def _note_connection(self) -> None:
         # connected sockets need no path, and a directory that is gone already is left behind by no kind of death
