@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 # renamed after Triton 3.6
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -109,6 +110,24 @@ def _count(counter_ptr):
 def _await(counter_ptr, target):
     gl.inline_asm_elementwise(_AWAIT, "=r,l,r", [counter_ptr, target], dtype=gl.int32, is_pure=False, pack=1)
     _barrier()
+
+
+@gluon.jit
+def _leave(counter_ptr, target, PROGRAMS: gl.constexpr):
+    """Nobody waits any more: the last program leaves the counter as it was. target: what was awaited last."""
+    if gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == target + PROGRAMS - 1:
+        gl.store(counter_ptr, 0)
+
+
+@gluon.jit
+def _barriers(STAGES: gl.constexpr, COPIERS: gl.constexpr):
+    """Those of a ring of so many stages: which of them so many warps have filled, and which are free again."""
+    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(filled.index(i), count=COPIERS * 32)
+        mbarrier.init(freed.index(i), count=1)
+    return filled, freed
 
 
 @gluon.jit

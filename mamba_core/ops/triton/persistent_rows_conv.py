@@ -17,6 +17,16 @@ def _channels(sizes):
 
 
 @gluon.jit
+def _own_places(own, SIZES: gl.constexpr):
+    """This program's channels, the rows, and which of the channels are there: [tiles, 16, 1], [1, 1, B]."""
+    LAYOUT: gl.constexpr = _channels(SIZES)
+    _, count = own
+    tile, row, b = _indices_3d(SIZES.BLOCK_C // HIGH, HIGH, SIZES.BLOCK_B, LAYOUT)
+    c = tile * HIGH + row
+    return c, b, c < count
+
+
+@gluon.jit
 def _weights_of_conv(entry):
     """Addresses of the taps and of the bias."""
     return gl.load(entry + TAPS), gl.load(entry + CONV_BIAS)
@@ -38,14 +48,10 @@ def _window_at(conv, slot, c, SIZES: gl.constexpr):
 @gluon.jit
 def _small(weights_at, conv, slot, own, rows, SIZES: gl.constexpr):
     """Of the convolution: the window of this program's channels, the taps and the bias, [tiles, 16, B] each."""
-    LAYOUT: gl.constexpr = _channels(SIZES)
     taps_at, conv_bias_at = weights_at
-    first, count = own
+    first, _ = own
     K: gl.constexpr = SIZES.K
-    C_SPACE: gl.constexpr = SIZES.BLOCK_C // HIGH
-    tile, row, b = _indices_3d(C_SPACE, HIGH, SIZES.BLOCK_B, LAYOUT)
-    c = tile * HIGH + row
-    mask = c < count
+    c, b, mask = _own_places(own, SIZES)
     taps_ptr = _bf16(taps_at) + (first + c) * K
     window_ptr, TAP_STRIDE = _window_at(conv, slot, first + c, SIZES)
     small = ()
@@ -63,14 +69,12 @@ def _past(weights_at, conv, slot, own, rows, SIZES: gl.constexpr):
     """The same, weighed: the convolution but for its newest inputs, their taps, and the columns of the window."""
     LAYOUT: gl.constexpr = _channels(SIZES)
     taps_at, conv_bias_at = weights_at
-    first, count = own
+    first, _ = own
     K: gl.constexpr = SIZES.K
-    C_SPACE: gl.constexpr = SIZES.BLOCK_C // HIGH
-    tile, row, b = _indices_3d(C_SPACE, HIGH, SIZES.BLOCK_B, LAYOUT)
-    c = tile * HIGH + row
-    mask = c < count
-    taps_ptr = _bf16(taps_at) + (first + c) * K
     BLOCK_B: gl.constexpr = SIZES.BLOCK_B
+    C_SPACE: gl.constexpr = SIZES.BLOCK_C // HIGH
+    c, b, mask = _own_places(own, SIZES)
+    taps_ptr = _bf16(taps_at) + (first + c) * K
     past = gl.zeros([C_SPACE, HIGH, BLOCK_B], gl.float32, LAYOUT)
     if SIZES.HAS_CONV_BIAS:
         conv_bias_ptr = _bf16(conv_bias_at) + first
@@ -88,11 +92,8 @@ def _past(weights_at, conv, slot, own, rows, SIZES: gl.constexpr):
 @gluon.jit
 def _in_biases(bias_at, own, SIZES: gl.constexpr):
     """in_proj's, of x and of the gate."""
-    LAYOUT: gl.constexpr = _channels(SIZES)
-    first, count = own
-    tile, row, _ = _indices_3d(SIZES.BLOCK_C // HIGH, HIGH, SIZES.BLOCK_B, LAYOUT)
-    c = tile * HIGH + row
-    mask = c < count
+    first, _ = own
+    c, _, mask = _own_places(own, SIZES)
     bias_ptr = _bf16(bias_at) + first
     x_bias = gl.load(bias_ptr + c, mask=mask, other=0.0).to(gl.float32)
     return x_bias, gl.load(bias_ptr + SIZES.D + c, mask=mask, other=0.0).to(gl.float32)
@@ -121,18 +122,15 @@ def _convolve(small, new, SIZES: gl.constexpr):
 @gluon.jit
 def _keep_x(x, x_kept, own, rows, SIZES: gl.constexpr):
     """SiLU of x, kept; as what x_proj is multiplied with."""
-    LAYOUT: gl.constexpr = _channels(SIZES)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     BLOCKS: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[SIZES.WARPS, 1], instr_shape=[16, 8]
     )
     BLOCK_B: gl.constexpr = SIZES.BLOCK_B
     C_SPACE: gl.constexpr = SIZES.BLOCK_C // HIGH
-    _, count = own
     # other programs' channels, and sums of tiles that are not there, may be anything but must count as zero
-    tile, row, b = _indices_3d(C_SPACE, HIGH, BLOCK_B, LAYOUT)
-    mask = (tile * HIGH + row < count) & (b < rows)
-    x = gl.where(mask, x * _sigmoid(x), 0.0).to(gl.bfloat16)
+    _, b, mask = _own_places(own, SIZES)
+    x = gl.where(mask & (b < rows), x * _sigmoid(x), 0.0).to(gl.bfloat16)
     _view(x_kept, gl.bfloat16, [BLOCK_B, C_SPACE, HIGH], FLAT).permute((1, 2, 0)).store(x)
     return x_kept.permute((1, 0)).load(gl.DotOperandLayout(1, BLOCKS, 8))
 
@@ -140,11 +138,9 @@ def _keep_x(x, x_kept, own, rows, SIZES: gl.constexpr):
 @gluon.jit
 def _move_on(conv, slot, columns, new, own, rows, SIZES: gl.constexpr):
     """Move the windows of this program's channels on."""
-    LAYOUT: gl.constexpr = _channels(SIZES)
-    first, count = own
-    tile, row, b = _indices_3d(SIZES.BLOCK_C // HIGH, HIGH, SIZES.BLOCK_B, LAYOUT)
-    c = tile * HIGH + row
-    mask = (c < count) & (b < rows)
+    first, _ = own
+    c, b, mask = _own_places(own, SIZES)
+    mask = mask & (b < rows)
     window_ptr, TAP_STRIDE = _window_at(conv, slot, first + c, SIZES)
     for j in gl.static_range(1, SIZES.K - 1):
         gl.store(window_ptr + (j - 1) * TAP_STRIDE, columns[j], mask=mask)

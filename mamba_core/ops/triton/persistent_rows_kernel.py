@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mamba_core.ops.triton.persistent import (
     COPIER_REGISTERS,
@@ -34,7 +33,9 @@ from mamba_core.ops.triton.persistent import (
     Begin,
     States,
     _await,
+    _barriers,
     _count,
+    _leave,
     _share,
 )
 from mamba_core.ops.triton.persistent_rows_conv import (
@@ -224,9 +225,7 @@ def _advance(
         conv_ptr += states.conv_layer_stride
         ssm_ptr += states.ssm_layer_stride
 
-    # nobody waits any more: the last one leaves the counter as it was
-    if gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == target + PROGRAMS - 1:
-        gl.store(counter_ptr, 0)
+    _leave(counter_ptr, target, PROGRAMS)
 
 
 @gluon.jit(do_not_specialize=["rows", "layers", "eps", "inner_eps"])
@@ -275,11 +274,7 @@ def persistent_rows_kernel(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     FLAT_2D: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, WARPS, HIGH, WIDE // WARPS], SWIZZLED)
-    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(filled.index(i), count=COPIERS * 32)
-        mbarrier.init(freed.index(i), count=1)
+    filled, freed = _barriers(STAGES, SIZES.COPIERS)
     ring = (tiles, filled, freed)
     sums = gl.allocate_shared_memory(gl.float32, [SPACE, WARPS, HIGH, BLOCK_B], FLAT)
     kept = Kept(

@@ -26,9 +26,18 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from mamba_core.ops.triton.persistent import COPIER_REGISTERS, FIELDS, Begin, States, _await, _count, _share
+from mamba_core.ops.triton.persistent import (
+    COPIER_REGISTERS,
+    FIELDS,
+    Begin,
+    States,
+    _await,
+    _barriers,
+    _count,
+    _leave,
+    _share,
+)
 from mamba_core.ops.triton.persistent_step_parts import (
     Products,
     Told,
@@ -160,9 +169,7 @@ def _advance(
         conv_ptr += states.conv_layer_stride
         ssm_ptr += states.ssm_layer_stride
 
-    # nobody waits any more: the last one leaves the counter as it was
-    if gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == target + PROGRAMS - 1:
-        gl.store(counter_ptr, 0)
+    _leave(counter_ptr, target, PROGRAMS)
 
 
 @gluon.jit(do_not_specialize=["layers", "eps", "inner_eps"])
@@ -207,11 +214,7 @@ def persistent_step_kernel(
     tiles = ()
     for _ in gl.static_range(SIZES.H // 512):
         tiles += (gl.allocate_shared_memory(SIZES.WEIGHT_DTYPE, [STAGES, PARTS, 256], SHARED),)
-    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    freed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(filled.index(i), count=SIZES.COPIERS * 32)
-        mbarrier.init(freed.index(i), count=1)
+    filled, freed = _barriers(STAGES, SIZES.COPIERS)
     ring = (tiles, filled, freed)
     sums = Products(
         gl.allocate_shared_memory(gl.float32, [BLOCK_C // ROWS, ROWS, 2], SHARED),
