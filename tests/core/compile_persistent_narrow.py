@@ -8,9 +8,9 @@ from typing import Any
 
 from triton.experimental.gluon import language as gl
 
-from mamba_core.ops.triton.persistent_many import WARPS
 from mamba_core.ops.triton.persistent_narrow import sizes_for
 from mamba_core.ops.triton.persistent_narrow_kernel import persistent_narrow_kernel
+from mamba_core.ops.triton.persistent_step import WARPS
 from tests.compiling import compiled_for_hopper, persistent_facts, print_records, source_of
 
 # rows, H, R, K and what else a model may have: published sizes, and one of everything else

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mamba_core.ops.triton.persistent_step import Weights, kind
+from mamba_core.ops.triton.persistent_step import Weights, kind, launch
 from mamba_core.ops.triton.persistent_wide_tiles import Sizes
 
 # a product's operand is so high
@@ -21,8 +22,7 @@ MAX_ROWS = 64
 DEEP = 64
 # the states that a program moves on, 16 bytes to a thread and 4 threads to a channel
 STATES = 16
-# warps of the step itself, warps that copy weights, and as many that copy inputs
-WARPS = 8
+# warps that copy weights, and as many that copy inputs
 COPIERS = 2
 
 
@@ -66,34 +66,18 @@ def step(
     low_width = rank + 2 * states
     planned = plan(rows, layer.sizes())
 
-    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    gained, squares = room(rows, width, dtype=torch.bfloat16), room(planned.groups, MAX_ROWS)
-    planned.kernel[(planned.programs,)](
-        weights.table,
-        tokens,
-        embeddings,
-        gain,
-        slots,
-        conv_state,
-        ssm_state,
-        *(room(*shape) for shape in planned.shares),
-        room(MAX_ROWS, low_width),
-        room(MAX_ROWS, low_width, dtype=torch.bfloat16),
-        room(rows, 2 * width, dtype=torch.bfloat16),
-        *(room(*shape) for shape in planned.parts),
-        gained,
-        squares,
-        counters,
-        rows,
-        len(weights.layers),
-        *conv_state.stride()[:2],
-        *ssm_state.stride()[:2],
-        eps,
-        SIZES=planned.sizes._replace(**kind(layer, conv_state)),
-        num_warps=WARPS,
-        # all programs at once or none: they wait for each other
-        launch_cooperative_grid=True,
+    room = partial(torch.empty, dtype=torch.float32, device=device)
+    shares, parts = [room(*shape) for shape in planned.shares], [room(*shape) for shape in planned.parts]
+    low, dt = room(MAX_ROWS, low_width), room(MAX_ROWS, low_width, dtype=torch.bfloat16)
+    y, gained = room(rows, 2 * width, dtype=torch.bfloat16), room(rows, width, dtype=torch.bfloat16)
+    squares = room(planned.groups, MAX_ROWS)
+    launch(
+        planned.kernel,
+        (planned.programs,),
+        weights,
+        (tokens, embeddings, gain, slots, conv_state, ssm_state),
+        (*shares, low, dt, y, *parts, gained, squares, counters, rows),
+        (eps,),
+        planned.sizes._replace(**kind(layer, conv_state)),
     )
     return gained, squares if rows == MAX_ROWS else squares[:, :rows].contiguous()

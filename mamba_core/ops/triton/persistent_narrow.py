@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from mamba_core.ops.triton import persistent_many
-from mamba_core.ops.triton.persistent_many import COPIERS, DEEP, MAX_ROWS, STATES, WARPS, Plan
+from mamba_core.ops.triton.persistent_many import COPIERS, DEEP, MAX_ROWS, STATES, Plan
 from mamba_core.ops.triton.persistent_narrow_kernel import persistent_narrow_kernel
+from mamba_core.ops.triton.persistent_step import WARPS
 from mamba_core.ops.triton.persistent_wide_tiles import Sizes
 
 # programs of a group, which share its outputs; those of a program; columns that its warps take at a time

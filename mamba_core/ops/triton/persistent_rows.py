@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
 
 from mamba_core.ops.triton.persistent_rows_kernel import persistent_rows_kernel
 from mamba_core.ops.triton.persistent_rows_tiles import Sizes
-from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, can_run, kind
+from mamba_core.ops.triton.persistent_step import WARPS, LayerWeights, Weights, can_run, kind, launch
 
 # rows that a program can take, and those that several groups of programs can
 _PROGRAM_ROWS = 16
@@ -24,8 +26,7 @@ _LESS_WIDE = 256
 # shared memory of a multiprocessor, less what the barriers and the compiler need
 _SHARED_BYTES = 227 * 1024 - 4096
 _MAX_STAGES = 26
-# warps that multiply, and warps that copy
-_WARPS = 8
+# warps that copy
 _COPIERS = 4
 # how much they have on its way at a time: what is more stands before the loads that all programs wait for
 _BYTES_AHEAD = 44 * 1024
@@ -56,34 +57,18 @@ def step(
     programs, groups, space, low_width = sizes.PROGRAMS, sizes.GROUPS, sizes.BLOCK_B, rank + 2 * states
     places = groups * space
 
-    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    gained, squares = room(rows, width, dtype=torch.bfloat16), room(programs, places)
-    persistent_rows_kernel[(programs, groups)](
-        weights.table,
-        tokens,
-        embeddings,
-        gain,
-        slots,
-        conv_state,
-        ssm_state,
-        room(groups, programs, low_width, space),
-        room(places, low_width),
-        room(rows, 2 * width, dtype=torch.bfloat16),
-        gained,
-        squares,
-        counter,
-        rows,
-        len(weights.layers),
-        *conv_state.stride()[:2],
-        *ssm_state.stride()[:2],
-        eps,
-        inner_eps or 0.0,
-        SIZES=sizes._replace(**kind(layer, conv_state), HAS_BIAS=layer.in_bias is not None, NORM=inner_eps is not None),
-        num_warps=_WARPS,
-        # all programs at once or none: they wait for each other
-        launch_cooperative_grid=True,
+    room = partial(torch.empty, dtype=torch.float32, device=device)
+    shares, low = room(groups, programs, low_width, space), room(places, low_width)
+    y, gained = room(rows, 2 * width, dtype=torch.bfloat16), room(rows, width, dtype=torch.bfloat16)
+    squares = room(programs, places)
+    launch(
+        persistent_rows_kernel,
+        (programs, groups),
+        weights,
+        (tokens, embeddings, gain, slots, conv_state, ssm_state),
+        (shares, low, y, gained, squares, counter, rows),
+        (eps, inner_eps or 0.0),
+        sizes._replace(**kind(layer, conv_state), HAS_BIAS=layer.in_bias is not None, NORM=inner_eps is not None),
     )
     return gained, squares if rows == places else squares[:, :rows].contiguous()
 
@@ -121,7 +106,7 @@ def sizes_for(rows: int, width: int, rank: int, states: int, taps: int, availabl
     block_c = _HIGH * max(2, triton.next_power_of_2(c_tiles))
     o_space = triton.next_power_of_2(o_tiles)
     columns = _HIGH * wide // block_c
-    sums = max(block_c // _HIGH, o_space) * _WARPS * _HIGH * space * 4
+    sums = max(block_c // _HIGH, o_space) * WARPS * _HIGH * space * 4
     kept = space * block_c * 10 + triton.cdiv(rank, columns) * columns * space * 2
     return Sizes(
         WIDE=wide,
@@ -143,7 +128,7 @@ def sizes_for(rows: int, width: int, rank: int, states: int, taps: int, availabl
         PROGRAMS=programs,
         GROUPS=groups,
         STAGES=min((_SHARED_BYTES - sums - kept) // stage_bytes, _MAX_STAGES),
-        WARPS=_WARPS,
+        WARPS=WARPS,
         COPIERS=_COPIERS,
         AHEAD=_stages_ahead(triton.cdiv(channels, c_tiles), wide),
         OUT_AHEAD=_stages_ahead(triton.cdiv(outputs, o_tiles), wide),

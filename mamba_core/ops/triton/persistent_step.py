@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _TILE = 512
 _RING_BYTES = 200 * 1024
 _MAX_STAGES = 20
 # warps that multiply, and how many bytes of a tile are those of each
-_WARPS = 8
+WARPS = 8
 _WARP_BYTES = 512
 # warps that copy, and how much they have on its way at a time: what is more than keeps memory busy stands before the
 # loads that all programs wait for (2.8b on an H200: 1.41 ms with 40 KiB, 1.50 with 60, 1.62 with 140)
@@ -139,40 +140,53 @@ def step(
     programs = torch.cuda.get_device_properties(device).multi_processor_count
     sizes = sizes_for(width, rank, states, taps, programs, layer.in_proj.itemsize)
 
-    def room(size: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
-
-    gained, squares = room(width, torch.bfloat16), room(programs, torch.float32)
-    persistent_step_kernel[(programs,)](
-        weights.table,
-        token,
-        embeddings,
-        gain,
-        slot,
-        conv_state,
-        ssm_state,
-        room(2 * width, torch.bfloat16),
-        room(rank + 2 * states, torch.float32),
-        room(2 * width, torch.bfloat16),
-        gained,
-        squares,
-        counter,
-        len(weights.layers),
-        *conv_state.stride()[:2],
-        *ssm_state.stride()[:2],
-        eps,
-        inner_eps or 0.0,
-        SIZES=sizes._replace(
+    room = partial(torch.empty, dtype=torch.float32, device=device)
+    gained, squares = room(width, dtype=torch.bfloat16), room(programs)
+    x, y = room(2 * width, dtype=torch.bfloat16), room(2 * width, dtype=torch.bfloat16)
+    launch(
+        persistent_step_kernel,
+        (programs,),
+        weights,
+        (token, embeddings, gain, slot, conv_state, ssm_state),
+        (x, room(rank + 2 * states), y, gained, squares, counter),
+        (eps, inner_eps or 0.0),
+        sizes._replace(
             WEIGHT_DTYPE=_WEIGHT_DTYPES[layer.in_proj.dtype],
             HAS_BIAS=layer.in_bias is not None,
             NORM=inner_eps is not None,
             **kind(layer, conv_state),
         ),
-        num_warps=sizes.WARPS,
-        # all programs at once or none: they wait for each other
-        launch_cooperative_grid=True,
     )
     return gained[None], squares[:, None]
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    weights: Weights,
+    inputs: tuple[Tensor, ...],
+    rooms: tuple[Any, ...],
+    epsilons: tuple[float, ...],
+    sizes: Any,
+) -> None:
+    """Launch a kernel for all layers; all its programs run at once or none, since they wait for each other.
+
+    inputs: what all take, the states of convolution and recurrence last. rooms: what programs tell each other and what
+    comes of it, their counters, and how many rows there are where that may differ.
+    """
+    conv_state, ssm_state = inputs[-2:]
+    strides = *conv_state.stride()[:2], *ssm_state.stride()[:2]
+    kernel[grid](
+        weights.table,
+        *inputs,
+        *rooms,
+        len(weights.layers),
+        *strides,
+        *epsilons,
+        SIZES=sizes,
+        num_warps=WARPS,
+        launch_cooperative_grid=True,
+    )
 
 
 def kind(layer: LayerWeights, conv_state: Tensor) -> dict[str, Any]:
@@ -186,8 +200,8 @@ def kind(layer: LayerWeights, conv_state: Tensor) -> dict[str, Any]:
 
 def sizes_for(width: int, rank: int, states: int, taps: int, programs: int, weight_bytes: int = 2) -> Sizes:
     """The sizes of the layers, and how they are shared out, for any kind of model."""
-    parts = _WARP_BYTES // (256 * weight_bytes) * _WARPS
-    stage_bytes = _WARPS * _WARP_BYTES * (width // _TILE)
+    parts = _WARP_BYTES // (256 * weight_bytes) * WARPS
+    stage_bytes = WARPS * _WARP_BYTES * (width // _TILE)
     rows, wide_rows = parts // 2, parts // 4
     high = 1 << (rank.bit_length() - 1)
 
@@ -216,7 +230,7 @@ def sizes_for(width: int, rank: int, states: int, taps: int, programs: int, weig
         PROGRAMS=programs,
         PARTS=parts,
         STAGES=min(_RING_BYTES // stage_bytes, _MAX_STAGES),
-        WARPS=_WARPS,
+        WARPS=WARPS,
         COPIERS=_COPIERS,
         AHEAD=max(1, triton.cdiv(_BYTES_AHEAD, stage_bytes) - 1),
     )
