@@ -25,11 +25,27 @@ def test_threads_give_cores_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < int(environment()["GOMP_SPINCOUNT"]) < 100_000
 
 
-@pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "active")])
-def test_the_operator_decides(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    for other in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(other, raising=False)
+@pytest.fixture
+def _nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("_nothing_is_set")
+def test_few_products_stay_compiled() -> None:
+    given = environment()
+    assert {given[name] for name in NAMES if name.endswith("_CAPACITY")} == {"64"}
+
+
+NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+OURS = {"PYTHONPATH", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"}
+
+
+@pytest.mark.usefixtures("_nothing_is_set")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_operator_decides(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    value = "active" if name == "OMP_WAIT_POLICY" else "7"
     monkeypatch.setenv(name, value)
-    changed = {key: found for key, found in environment().items() if os.environ.get(key) != found}
-    assert set(changed) == {"PYTHONPATH"}
+    changed = {key for key, found in environment().items() if os.environ.get(key) != found}
+    assert changed == OURS - {name, "GOMP_SPINCOUNT" if name == "OMP_WAIT_POLICY" else name}
     assert environment()[name] == value
