@@ -260,7 +260,9 @@ async def test_requests_go_on_after_a_process_was_killed(tmp_path: Path) -> None
         ]
         watchers = [Watcher(client, request) for request in requests]
         transcript = await collect(*watchers)
-        assert (client.num_restarts, client.num_resumed) == (1, 4)
+        assert client.num_restarts == 1
+        # the one that was over goes on as well if its end was still on the way
+        assert client.num_resumed in (4, 5)
         for request in requests:
             start, name = len(request.prompt_token_ids), request.request_id
             for sample in range(request.n):
