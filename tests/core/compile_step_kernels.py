@@ -6,10 +6,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from mamba_core.ops.triton import step_kernels, step_matvec_kernels, step_product_kernels, step_state_kernels
+from mamba_core.ops.triton import (
+    step_kernels,
+    step_many_kernel,
+    step_matvec_kernels,
+    step_product_kernels,
+    step_state_kernels,
+)
+from mamba_core.ops.triton.step_many import REGISTERS
 from tests.compiling import compiled_for_hopper, print_records, source_of
 
-MODULES = (step_kernels, step_matvec_kernels, step_product_kernels, step_state_kernels)
+MODULES = (step_kernels, step_many_kernel, step_matvec_kernels, step_product_kernels, step_state_kernels)
 
 ROWS = {"ROWS": 2, "BLOCK_R": 2, "BLOCK_N": 4, "BLOCK_K": 512, "STEPS": 5, "EXACT": True}
 TILE = {"BLOCK_B": 16, "BLOCK_N": 64, "BLOCK_K": 128, "EVEN": True}
@@ -45,6 +52,8 @@ KERNELS: list[tuple[str, dict[str, Any]]] = [
     ("advance_kernel", LOW | STATES | {"OWN_DELTA": True, "RAW_DELTA": False, "LAGS": False}),
     ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True, "LAGS": False}),
     ("advance_kernel", LOW | STATES | {"OWN_DELTA": False, "RAW_DELTA": True, "LAGS": True}),
+    ("advance_many_kernel", {"R": 160, "LAGS": False}),
+    ("advance_many_kernel", {"R": 160, "LAGS": True}),
 ]
 TYPES = {
     **dict.fromkeys(("slots_ptr", "tokens_ptr"), "*i64"),
@@ -68,9 +77,13 @@ def _stores_before_barrier(code: str) -> int:
 def compile_all() -> Iterator[dict[str, Any]]:
     for name, constants, types in CASES:
         kernel = next(getattr(module, name) for module in MODULES if hasattr(module, name))
-        own = {"state_ptr": "*fp32"} if name == "advance_kernel" else {}
-        source = source_of(kernel, constants | {"PDL": True}, types | own, unaligned=frozenset({"num_rows"}))
-        compiled = compiled_for_hopper(source, num_warps=4, launch_pdl=True)
+        is_many = name == "advance_many_kernel"
+        own = {"state_ptr": "*fp32"} if name.startswith("advance") else {}
+        own |= dict.fromkeys(("low_ptr", "delta_ptr", "d_ptr"), "*bf16") if is_many else {}
+        unaligned = frozenset({"num_rows", "own_rows"})
+        source = source_of(kernel, constants | {"PDL": True}, types | own, unaligned=unaligned)
+        limits = {"num_warps": 1, "maxnreg": REGISTERS} if is_many else {"num_warps": 4}
+        compiled = compiled_for_hopper(source, launch_pdl=True, **limits)
         assembly = compiled.asm["ptx"]
         yield {
             "kernel": name,
@@ -78,6 +91,8 @@ def compile_all() -> Iterator[dict[str, Any]]:
             "waits": assembly.count("griddepcontrol.wait"),
             "launches": assembly.count("griddepcontrol.launch_dependents"),
             "has_matrix_instructions": "mma" in assembly,
+            "local_accesses": len(re.findall(r"\b(?:ld|st)\.local\b", assembly)),
+            "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", assembly)),
             "stores_before_barrier": _stores_before_barrier(compiled.asm["ttgir"]),
             "specialised": [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)],
         }

@@ -51,3 +51,8 @@ def test_nothing_is_overwritten_before_every_thread_has_read_it(compiled: list[d
     # the first of each kernel: without a convolution ``matvec_in_kernel`` overwrites nothing
     early = {record["kernel"]: record["stores_before_barrier"] for record in reversed(compiled)}
     assert {name: early[name] for name in rewriting} == dict.fromkeys(rewriting, 0)
+
+
+def test_states_of_many_rows_are_copied_ahead_sixteen_bytes_a_thread(compiled: list[dict[str, Any]]) -> None:
+    # those of the first row, and in the loop those of the next: 2 KB by 32 threads
+    assert [record["copies"] for record in compiled if record["kernel"] == "advance_many_kernel"] == [8, 8]

@@ -18,6 +18,7 @@ from mamba_core.ops.triton.layout import is_tap_major
 from mamba_core.ops.triton.norm import rms_norm_residual
 from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_kernels import embed_kernel, finish_kernel
+from mamba_core.ops.triton.step_many import advance_many, fits
 from mamba_core.ops.triton.step_matvec_kernels import matvec_in_kernel, matvec_out_kernel
 from mamba_core.ops.triton.step_product_kernels import (
     gather_kernel,
@@ -233,6 +234,8 @@ def advance(
             num_warps=8 if tile.rows * tile.outputs > 64 * 128 else 4,
             **shape,
         )
+    if is_many and fits(A, ssm_state, inner_eps):
+        return advance_many(xz, low, delta, dt_bias, A, D, ssm_state, step.slots, lag, _launch(xz.device))
     block = 32 if own_delta else 64 if is_many else 128
     advance_kernel[(triton.cdiv(dim, block), rows)](
         xz,
