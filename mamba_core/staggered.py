@@ -17,8 +17,10 @@ from mamba_core.modeling_mamba import MambaBlock, MambaForCausalLM
 from mamba_core.ops import Packing
 
 # a sequence of so many tokens or more is cut into so many pieces: of fewer, products would not fill the machine
-_LEAST_TOKENS = 8192
-_PIECES = 4
+_PIECES = {8192: 4}
+# those of layers at least so wide, whose products are larger
+_PIECES_OF_WIDE = {8192: 4, 4096: 2}
+_WIDE = 2560
 
 
 @dataclass(slots=True)
@@ -47,7 +49,7 @@ class Staggered:
         self, input_ids: Tensor, packing: Packing, cache: MambaCache, wanted: Tensor | None = None
     ) -> Tensor:
         """See ``MambaForCausalLM.forward_packed``; on CUDA, without gradients."""
-        count = num_pieces(packing)
+        count = num_pieces(packing, self._model.config.hidden_size)
         if wanted is None or count == 1 or self._is_quantized:
             return self._model.forward_packed(input_ids, packing, cache, wanted)
         main = torch.cuda.current_stream(input_ids.device)
@@ -94,9 +96,12 @@ class Staggered:
         return found
 
 
-def num_pieces(packing: Packing) -> int:
-    """How many pieces are fastest: several sequences fill the machine as they are."""
-    return _PIECES if packing.num_rows == 1 and packing.num_tokens >= _LEAST_TOKENS else 1
+def num_pieces(packing: Packing, width: int) -> int:
+    """How many pieces are fastest in layers so wide: several sequences fill the machine as they are."""
+    if packing.num_rows > 1:
+        return 1
+    pieces = _PIECES_OF_WIDE if width >= _WIDE else _PIECES
+    return next((count for least, count in pieces.items() if packing.num_tokens >= least), 1)
 
 
 def cut(packing: Packing, count: int) -> list[tuple[int, Packing]]:

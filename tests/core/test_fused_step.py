@@ -14,7 +14,7 @@ from mamba_core.ops import Packing
 from mamba_core.ops.lag import BEHIND, WRITTEN
 from mamba_core.ops.triton.quantized import Matrix, dequantize
 from mamba_core.ops.triton.step import MAX_TILES, project_head
-from mamba_core.ops.triton.step_tiles import SOME_ROWS
+from mamba_core.ops.triton.step_tiles import FEW_ROWS, SOME_ROWS
 from mamba_core.quantization import Int8Linear, quantize_int8
 from tests.core.ops_cases import by_taps, poison_memory
 from tests.core.step_cases import clone, error, in_dtype, widened
@@ -139,6 +139,21 @@ def test_padding_rows_share_the_scratch_slot(tiny_model: MakeModel) -> None:
     assert torch.equal(hidden, beside[:3])
     assert torch.equal(cache.ssm[:, 1:], padded.ssm[:, 1:])
     assert torch.equal(cache.conv[:, 1:], padded.conv[:, 1:])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 16, 31, 33])
+@pytest.mark.parametrize(("size", "vocab_size"), [(96, 131), (40, 50), (640, 97)])
+@torch.inference_mode()
+def test_logits_of_a_head(monkeypatch: pytest.MonkeyPatch, num_rows: int, size: int, vocab_size: int) -> None:
+    if num_rows > FEW_ROWS and DEVICE != "cuda":
+        pytest.skip("the library has no such product on a CPU")
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(vocab_size, size, generator=generator).to(DTYPE).to(DEVICE)
+    hidden = torch.randn(num_rows, size, generator=generator).to(DTYPE).to(DEVICE)
+    poison_memory(monkeypatch)
+    logits = project_head(hidden, Matrix(weight))
+    assert logits.dtype == torch.float32
+    assert error(logits, hidden.double() @ weight.double().T) < 1e-5
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 33, 64])

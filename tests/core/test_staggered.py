@@ -52,8 +52,9 @@ def test_one_long_sequence_alone_is_cut() -> None:
     def packing(*lengths: int) -> Packing:
         return Packing.from_lengths(lengths, torch.arange(len(lengths)))
 
-    assert num_pieces(packing(8192)) > num_pieces(packing(2048)) == 1
-    assert num_pieces(packing(8000, 192)) == 1
+    assert num_pieces(packing(8192), 768) > num_pieces(packing(4096), 768) == 1
+    assert num_pieces(packing(8192), 2560) > num_pieces(packing(4096), 2560) > num_pieces(packing(2048), 2560) == 1
+    assert num_pieces(packing(8000, 192), 2560) == 1
 
 
 # --- on a GPU
@@ -86,7 +87,7 @@ def test_replays_give_what_the_whole_does(model: MambaForCausalLM, length: int) 
     num_tokens = 8192
     slots, bounds = torch.tensor([2], device=GPU), torch.tensor([0, length], dtype=torch.int32, device=GPU)
     packing = Packing(slots, bounds, num_tokens, num_tokens)
-    assert num_pieces(packing) > 1
+    assert num_pieces(packing, model.config.hidden_size) > 1
     tokens, wanted = torch.randint(53, (num_tokens,), device=GPU), torch.tensor([length - 1], device=GPU)
     whole, pieces = (MambaCache.from_config(model.config, 4, dtype=torch.float32, device=GPU) for _ in range(2))
     start = torch.randn_like(whole.ssm)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -39,6 +39,7 @@ from mamba_core.ops.triton.step_tiles import (
     tile_in,
     tile_low,
     tile_out,
+    tile_whole,
     whole_rows,
 )
 
@@ -334,7 +335,7 @@ def project_head(hidden: Tensor, matrix: Matrix) -> Tensor:
     rows, hidden = hidden.shape[0], hidden.contiguous()
     if 0 < rows <= rows_one_by_one(matrix):
         return _multiply_rows(hidden, matrix, rows, x_row=1, block=4, warps=2 * rows)
-    if 0 < rows <= SOME_ROWS and matrix.scales is not None:
+    if 0 < rows <= (FEW_ROWS if matrix.scales is None else SOME_ROWS):
         return _multiply_whole(hidden, matrix, rows)
     return torch.mm(hidden, matrix.transposed(hidden.dtype), out_dtype=torch.float32)
 
@@ -342,7 +343,7 @@ def project_head(hidden: Tensor, matrix: Matrix) -> Tensor:
 def _multiply_whole(x: Tensor, matrix: Matrix, rows: int) -> Tensor:
     """x W^T [B, out] fp32 of several rows, in one share."""
     (width, size), device = matrix.shape, matrix.device
-    tile = tile_in(matrix, rows)
+    tile = tile_whole(matrix, rows)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.outputs), 1)
     y = torch.empty((rows, width), dtype=torch.float32, device=device)
     product_shared_kernel[grid](
@@ -356,7 +357,7 @@ def _multiply_whole(x: Tensor, matrix: Matrix, rows: int) -> Tensor:
         size,
         width,
         SUM=False,
-        **_options(replace(tile, share=size + -size % 64), grid, size),
+        **_options(tile, grid, size),
         **_launch(device),
     )
     return y

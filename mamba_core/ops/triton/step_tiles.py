@@ -5,7 +5,7 @@ All figures are from an H200.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -52,6 +52,12 @@ def tile_in(matrix: Matrix, rows: int) -> Tile:
         block = min(block, 32)
     inputs = 128 if size % 128 == 0 or size > 512 else 64
     return Tile(block, 64, size, inputs, 6 if block * inputs <= 64 * 128 else 4)
+
+
+def tile_whole(matrix: Matrix, rows: int) -> Tile:
+    """A product of very many outputs, which no kernel follows that could use what it leaves."""
+    tile, size = tile_in(matrix, rows), matrix.shape[1]
+    return replace(tile, share=size + -size % 64, stages=tile.stages if matrix.scales is not None else 4)
 
 
 def tile_low(matrix: Matrix, rows: int) -> Tile:
