@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from mamba_core.ops.triton.step_wgmma import WideTile, layout_of, warps_of
+from mamba_core.ops.triton.step_wgmma import WideTile, layout_of, registers_of, warps_of
 from mamba_core.ops.triton.step_wgmma_kernel import TILES, Sizes, wgmma_kernel, wgmma_shared_kernel
 from tests.compiling import compiled_for_hopper, print_records, source_of
 
@@ -49,7 +49,7 @@ def compile_all() -> Iterator[dict[str, Any]]:
         types = {name: type_ for name, type_ in _types(tile).items() if name in kernel.arg_names}
         descs = frozenset(name for name in types if name.endswith("_desc"))
         source = source_of(kernel, constants, types, unaligned=descs | {"num_rows", "in_tiles"})
-        compiled = compiled_for_hopper(source, num_warps=warps_of(tile), launch_pdl=True)
+        compiled = compiled_for_hopper(source, num_warps=warps_of(tile), maxnreg=registers_of(tile), launch_pdl=True)
         assembly = compiled.asm["ptx"]
         yield {
             "kernel": kernel.__name__,

@@ -52,6 +52,16 @@ def warps_of(tile: WideTile) -> int:
     return 4 if tile.rows == 64 else 8
 
 
+def registers_of(tile: WideTile) -> int:
+    """Of a thread, before those that fetch leave theirs to those that multiply.
+
+    As few as do without spilling: the kernels before and after then reside beside this one, which can fetch its first
+    weights while they run.
+    """
+    sums = tile.rows * tile.width // (32 * warps_of(tile))
+    return 96 if sums <= 80 else 128
+
+
 def project(x: Tensor, weight: Tensor, y: Tensor, tile: WideTile, *, pdl: bool) -> None:
     """y [B, out] = x [B, in] W^T; weight [out, in]. All contiguous, in bf16, aligned to 16 bytes."""
     (rows, in_width), out_width = x.shape, weight.shape[0]
@@ -64,6 +74,7 @@ def project(x: Tensor, weight: Tensor, y: Tensor, tile: WideTile, *, pdl: bool) 
         in_width // _DEEP,
         SIZES=Sizes(tile.rows, tile.outputs, tile.more, tile.stages, pdl),
         num_warps=warps_of(tile),
+        maxnreg=registers_of(tile),
         launch_pdl=pdl,
     )
 
@@ -82,6 +93,7 @@ def share_out(x: Tensor, weight: Tensor, shares: Tensor, tile: WideTile, *, pdl:
         SHARE=triton.cdiv(in_width // _DEEP, tile.shares),
         SIZES=Sizes(tile.rows, tile.outputs, tile.more, tile.stages, pdl),
         num_warps=warps_of(tile),
+        maxnreg=registers_of(tile),
         launch_pdl=pdl,
     )
 
