@@ -10,7 +10,7 @@ from mamba_core.ops.triton.step_wgmma import WideTile, layout_of, registers_of, 
 from mamba_core.ops.triton.step_wgmma_kernel import TILES, Sizes, wgmma_kernel, wgmma_shared_kernel
 from tests.compiling import compiled_for_hopper, print_records, source_of
 
-# of in_proj and of out_proj, 2560, 2048 and 768 wide
+# of in_proj and of out_proj, 2560, 2048 and 768 wide, of up to 256 rows
 CASES = [
     WideTile(128, 128, 32, 6),
     WideTile(128, 64, 16, 8),
@@ -21,6 +21,12 @@ CASES = [
     WideTile(256, 128, 0, 4, shares=6),
     WideTile(128, 128, 0, 6, shares=4),
     WideTile(64, 64, 32, 8, shares=4),
+    # of up to 64 rows
+    WideTile(64, 64, 16, 12),
+    WideTile(64, 32, 8, 16, shares=2),
+    # of x_proj
+    WideTile(64, 128, 64, 4, shares=20),
+    WideTile(64, 16, 0, 4, shares=6),
 ]
 
 
@@ -30,13 +36,16 @@ def _types(tile: WideTile) -> dict[str, str]:
 
     deep, tiles = 64, TILES.value
     more = tile.more or tile.outputs
-    return {
+    types = {
         "x_desc": described(tile.rows, deep, tiles),
         "a_desc": described(tile.outputs, deep, tiles),
         "b_desc": described(more, deep, tiles),
+    }
+    if tile.shares > 1:
+        return types | {"share_ptr": "*fp32"}
+    return types | {
         "y_a_desc": described(tile.rows, tile.outputs, layout_of(tile.outputs)),
         "y_b_desc": described(tile.rows, more, layout_of(more)),
-        "share_ptr": "*fp32",
     }
 
 
@@ -46,7 +55,7 @@ def compile_all() -> Iterator[dict[str, Any]]:
         kernel = wgmma_kernel
         if tile.shares > 1:
             kernel, constants = wgmma_shared_kernel, constants | {"SHARE": 20}
-        types = {name: type_ for name, type_ in _types(tile).items() if name in kernel.arg_names}
+        types = _types(tile)
         descs = frozenset(name for name in types if name.endswith("_desc"))
         source = source_of(kernel, constants, types, unaligned=descs | {"num_rows", "in_tiles"})
         compiled = compiled_for_hopper(source, num_warps=warps_of(tile), maxnreg=registers_of(tile), launch_pdl=True)

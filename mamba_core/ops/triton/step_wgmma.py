@@ -1,4 +1,4 @@
-"""Launches of ``step_wgmma_kernel``: the large products of a decode step of 65 to 256 rows on Hopper."""
+"""Launches of ``step_wgmma_kernel``: the products of a decode step of 17 to 256 rows on Hopper."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def project(x: Tensor, weight: Tensor, y: Tensor, tile: WideTile, *, pdl: bool) 
 
 
 def share_out(x: Tensor, weight: Tensor, shares: Tensor, tile: WideTile, *, pdl: bool) -> None:
-    """x [B, in] W^T in shares of the inputs, ``shares`` [shares, B, out] fp32. As ``project``."""
+    """x [B, in] W^T in shares of the inputs, ``shares`` [shares, B, out] fp32. As ``project``, of an x that may
+    be columns of a wider one.
+    """
     (rows, in_width), out_width = x.shape, weight.shape[0]
     assert tile.fits(out_width, in_width)
     grid = (triton.cdiv(rows, tile.rows), out_width // tile.width, tile.shares)
