@@ -172,8 +172,20 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Te
     return y
 
 
-def convolve_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor, y: Tensor) -> None:
-    """``causal_conv1d_step`` of rows with contiguous channels into y [B, D], which may be x."""
+def convolve_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    slots: Tensor,
+    y: Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """``causal_conv1d_step`` of rows with contiguous channels into y [B, D], which may be x.
+
+    pdl: to start while the kernel before, which makes x, still runs.
+    """
     dim, width = weight.shape
     conv_step_kernel[(triton.cdiv(x.shape[0], _STEP_B), triton.cdiv(dim, _STEP_D))](
         x,
@@ -193,5 +205,7 @@ def convolve_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
         HAS_BIAS=bias is not None,
         BLOCK_B=_STEP_B,
         BLOCK_D=_STEP_D,
+        PDL=pdl,
         num_warps=_WARPS,
+        **({"launch_pdl": True} if pdl else {}),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mamba_core.ops.triton.math import LOG2_E, sigmoid
 
@@ -166,6 +167,7 @@ def conv_step_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token of each row."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -174,13 +176,16 @@ def conv_step_kernel(
     mask_b, mask_d = row < num_rows, d < dim
     mask = mask_b[:, None] & mask_d[None, :]
     slots = tl.load(slots_ptr + row, mask=mask_b, other=0)
-    x = tl.load(x_ptr + row[:, None] * x_stride + d[None, :], mask=mask, other=0.0)
     weight_ptrs = weight_ptr + d[:, None] * K + tap_index[None, :]
     weights = tl.load(weight_ptrs, mask=mask_d[:, None] & (tap_index < K)[None, :], other=0.0).to(tl.float32)
     home, tap_stride = at_home(state_ptr, slots[:, None] * state_stride, d[None, :], dim, K, TAP_MAJOR)
     columns = ()
     for k in tl.static_range(K - 1):
         columns += (tl.load(home + k * tap_stride, mask=mask, other=0.0),)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(x_ptr + row[:, None] * x_stride + d[None, :], mask=mask, other=0.0)
     acc = x.to(tl.float32) * _weights_of(weights, tap_index, K - 1)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)[None, :]

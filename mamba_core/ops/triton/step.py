@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from mamba_core.ops.lag import Lag
+from mamba_core.ops.triton import step_wgmma
 from mamba_core.ops.triton.conv import convolve_step
 from mamba_core.ops.triton.layout import is_tap_major
 from mamba_core.ops.triton.norm import rms_norm_residual
@@ -112,12 +113,16 @@ def project_in(
     rows, (width, size) = step.num_rows, matrix.shape
     dim, taps_width = taps.shape
     y = torch.empty((rows, width), dtype=x.values.dtype, device=matrix.device)
-    if rows > rows_of_own(matrix, size):
-        torch.mm(x.values, matrix.transposed(y.dtype), out=y)
+    wide = step_wgmma.tile_in(matrix, rows) if rows > SOME_ROWS else None
+    if wide is not None or rows > rows_of_own(matrix, size):
+        if wide is not None:
+            step_wgmma.project(x.values, matrix.weight, y, wide, pdl=_has_pdl(y.device))
+        else:
+            torch.mm(x.values, matrix.transposed(y.dtype), out=y)
         if bias is not None:
             y += bias
         x_half = y[:, :dim]
-        convolve_step(x_half, taps, conv_bias, conv_state, step.slots, x_half)
+        convolve_step(x_half, taps, conv_bias, conv_state, step.slots, x_half, pdl=_has_pdl(y.device))
         return y
     arguments = (
         x.values,
@@ -184,6 +189,8 @@ def project_low(step: Step, xz: Tensor, matrix: Matrix) -> Tensor:
     if rows > SOME_ROWS:
         if matrix.scales is not None:
             return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
+        if (wide := step_wgmma.tile_low(matrix, rows)) is not None:
+            return _sum(_share_wide(xz[:, :dim], matrix, wide), xz.dtype)
         return _sum(_share_out(step, xz, matrix, tile_low(matrix, rows), None), xz.dtype)
     if rows <= rows_one_by_one(matrix):
         return _multiply_rows(xz, matrix, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
@@ -276,6 +283,9 @@ def project_out(
     """
     rows, (width, dim) = step.num_rows, matrix.shape
     values = torch.empty((rows, width), dtype=y.dtype, device=matrix.device)
+    wide = step_wgmma.tile_out(matrix, rows) if rows > SOME_ROWS else None
+    if wide is not None:
+        return _gather(step, _share_wide(y, matrix, wide), bias, gain, residual, values), residual
     if rows > rows_of_own(matrix, width):
         product = torch.mm(y, matrix.transposed(y.dtype), out=values)
         if bias is not None:
@@ -283,7 +293,8 @@ def project_out(
         values, residual = rms_norm_residual(product, residual, gain, step.eps)
         return Gained(values, residual, 0), residual
     if rows > FEW_ROWS:
-        return _project_out_and_gather(step, y, matrix, bias, gain, residual, values), residual
+        shares = _share_out(step, y, matrix, tile_out(matrix, rows), None)
+        return _gather(step, shares, bias, gain, residual, values), residual
     if rows > rows_one_by_one(matrix):
         return _project_out_rows(step, y, matrix, bias, gain, residual, values), residual
     parts = triton.cdiv(width, 4)
@@ -426,13 +437,11 @@ def _project_out_rows(
     return Gained(values, squares, grid[1])
 
 
-def _project_out_and_gather(
-    step: Step, y: Tensor, matrix: Matrix, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor
-) -> Gained:
-    rows, width = step.num_rows, matrix.shape[0]
-    product = _share_out(step, y, matrix, tile_out(matrix, rows), None)
+def _gather(step: Step, shares: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor) -> Gained:
+    """The norm of residual + the sum of shares [shares, B, H]."""
+    _, rows, width = shares.shape
     gather_kernel[(rows,)](
-        product,
+        shares,
         gain if bias is None else bias,
         gain,
         residual,
@@ -440,11 +449,11 @@ def _project_out_and_gather(
         rows,
         width,
         step.eps,
-        SHARES=product.shape[0],
+        SHARES=shares.shape[0],
         HAS_BIAS=bias is not None,
         BLOCK_H=triton.next_power_of_2(width),
-        num_warps=8,
-        **_launch(matrix.device),
+        num_warps=16 if width == 2048 else 8,
+        **_launch(shares.device),
     )
     return Gained(values, residual, 0)
 
@@ -468,6 +477,13 @@ def _share_out(step: Step, x: Tensor, matrix: Matrix, tile: Tile, total: Tensor 
         **_launch(matrix.device),
     )
     return share
+
+
+def _share_wide(x: Tensor, matrix: Matrix, tile: step_wgmma.WideTile) -> Tensor:
+    """x [B, in] W^T in shares of the inputs, [shares, B, out] fp32, on the matrix units of Hopper."""
+    shares = torch.empty((tile.shares, x.shape[0], matrix.shape[0]), dtype=torch.float32, device=x.device)
+    step_wgmma.share_out(x, matrix.weight, shares, tile, pdl=_has_pdl(x.device))
+    return shares
 
 
 def _sum(shares: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_wgmma_kernel import (
     DEEP,
     TILES,
@@ -19,6 +22,13 @@ from mamba_core.ops.triton.step_wgmma_kernel import (
 
 _DEEP = DEEP.value
 _TILES = TILES.value
+
+# for layers so wide the library is slower: up to the first up to MOST_ROWS, up to the second up to HALF_ROWS
+NARROW, WIDE = 1024, 2048
+MOST_ROWS, HALF_ROWS, FEW_ROWS = 256, 128, 64
+# of x_proj: programs, and shares
+_PROGRAMS = 120
+_LEAST_SHARES, _MOST_SHARES = 6, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,58 @@ class WideTile:
         in_tiles = in_width // _DEEP
         share = triton.cdiv(in_tiles, self.shares)
         return out_width % self.width == 0 and in_width % _DEEP == 0 and (self.shares - 1) * share < in_tiles
+
+
+def tile_in(matrix: Matrix, rows: int) -> WideTile | None:
+    """How in_proj is cut up for so many rows, where that is faster than what else there is (on an H200)."""
+    width = matrix.shape[1]
+    if rows <= FEW_ROWS:
+        return _usable(matrix, WideTile(64, 64, 16, 12)) or _usable(matrix, WideTile(64, 64, 0, 12))
+    if rows <= HALF_ROWS and width <= WIDE:
+        return _usable(matrix, WideTile(64 if width <= NARROW else 128, 64, 0, 8))
+    return _usable(matrix, WideTile(128, 64, 0, 8)) if rows <= MOST_ROWS and width <= NARROW else None
+
+
+def tile_out(matrix: Matrix, rows: int) -> WideTile | None:
+    """The same of out_proj, in shares."""
+    width = matrix.shape[0]
+    if rows <= FEW_ROWS:
+        if width <= NARROW:
+            return _usable(matrix, WideTile(64, 32, 0, 12, shares=2))
+        whole = _usable(matrix, WideTile(64, 64, 16, 12, shares=4))
+        return whole or _usable(matrix, WideTile(64, 64, 0, 12, shares=4))
+    if rows <= HALF_ROWS and width <= WIDE:
+        return _usable(matrix, WideTile(64 if width <= NARROW else 128, 64, 0, 8, shares=4))
+    return _usable(matrix, WideTile(64, 64, 0, 8, shares=2)) if rows <= MOST_ROWS and width <= NARROW else None
+
+
+def tile_low(matrix: Matrix, rows: int) -> WideTile | None:
+    """The same of x_proj: shares enough for nearly all multiprocessors, and no more than are soon added up."""
+    width, dim = matrix.shape
+    if rows > MOST_ROWS:
+        return None
+
+    def num_shares(outputs: int) -> int:
+        return _PROGRAMS // (triton.cdiv(rows, 64) * triton.cdiv(width, outputs))
+
+    sizes = [outputs for outputs in (32, 64) if width % outputs == 0] or [16]
+    outputs = next((size for size in sizes if num_shares(size) >= _LEAST_SHARES), sizes[-1])
+    tiles = triton.cdiv(dim // _DEEP, min(max(num_shares(outputs), 1), _MOST_SHARES))
+    return _usable(matrix, WideTile(64, outputs, 0, min(tiles, 12), shares=triton.cdiv(dim // _DEEP, tiles)))
+
+
+def _usable(matrix: Matrix, tile: WideTile) -> WideTile | None:
+    """The tile, if it fits the product and the device has the units it is for."""
+    weight = matrix.weight
+    is_bf16 = weight.dtype == torch.bfloat16 and weight.is_contiguous()
+    return tile if is_bf16 and tile.fits(*weight.shape) and has_wgmma(weight.device) else None
+
+
+@cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether kernels are compiled for Hopper, and not interpreted."""
+    on_nvidia = device.type == "cuda" and torch.version.hip is None and not triton.knobs.runtime.interpret
+    return on_nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def layout_of(columns: int) -> gl.NVMMASharedLayout:
