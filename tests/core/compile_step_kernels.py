@@ -91,7 +91,7 @@ def compile_all() -> Iterator[dict[str, Any]]:
             "waits": assembly.count("griddepcontrol.wait"),
             "launches": assembly.count("griddepcontrol.launch_dependents"),
             "has_matrix_instructions": "mma" in assembly,
-            "local_accesses": len(re.findall(r"\b(?:ld|st)\.local\b", assembly)),
+            "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"])),
             "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", assembly)),
             "stores_before_barrier": _stores_before_barrier(compiled.asm["ttgir"]),
             "specialised": [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)],

@@ -1,33 +1,48 @@
-"""Compile the large products of a decode step for a Hopper GPU, as ``compile_kernels`` does for the ops."""
+"""Compile the products of a decode step of many rows for a Hopper GPU, as ``compile_kernels`` does for the ops."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
-from mamba_core.ops.triton.step_wgmma import WideTile, layout_of, registers_of, warps_of
+import torch
+
+from mamba_core.ops.triton import step_wgmma
+from mamba_core.ops.triton.quantized import Matrix
+from mamba_core.ops.triton.step_wgmma import (
+    WideTile,
+    layout_of,
+    registers_of,
+    tile_in,
+    tile_low,
+    tile_out,
+    warps_of,
+)
 from mamba_core.ops.triton.step_wgmma_kernel import TILES, Sizes, wgmma_kernel, wgmma_shared_kernel
 from tests.compiling import compiled_for_hopper, print_records, source_of
 
-# of in_proj and of out_proj, 2560, 2048 and 768 wide, of up to 256 rows
-CASES = [
-    WideTile(128, 128, 32, 6),
-    WideTile(128, 64, 16, 8),
-    WideTile(256, 64, 16, 5),
-    WideTile(128, 128, 0, 6),
-    WideTile(64, 64, 32, 8),
-    WideTile(128, 128, 32, 6, shares=4),
-    WideTile(256, 128, 0, 4, shares=6),
-    WideTile(128, 128, 0, 6, shares=4),
-    WideTile(64, 64, 32, 8, shares=4),
-    # of up to 64 rows
-    WideTile(64, 64, 16, 12),
-    WideTile(64, 32, 8, 16, shares=2),
-    # of x_proj
-    WideTile(64, 128, 64, 4, shares=20),
-    WideTile(64, 16, 0, 4, shares=6),
-]
+# of published models; rows that stand for all up to them
+WIDTHS = (768, 1024, 1536, 2048, 2560)
+ROWS = (64, 128, 256)
+
+
+def chosen_tiles() -> list[WideTile]:
+    """Each once, for whatever product it is."""
+    tiles: dict[WideTile, None] = {}
+    with mock.patch.object(step_wgmma, "has_wgmma", return_value=True):
+        for width, rows in itertools.product(WIDTHS, ROWS):
+            for choose, shape in (
+                (tile_in, (4 * width, width)),
+                (tile_low, (width // 16 + 32, 2 * width)),
+                (tile_out, (width, 2 * width)),
+            ):
+                tile = choose(Matrix(torch.empty(shape, dtype=torch.bfloat16, device="meta")), rows)
+                if tile is not None:
+                    tiles[tile] = None
+    return list(tiles)
 
 
 def _types(tile: WideTile) -> dict[str, str]:
@@ -50,7 +65,7 @@ def _types(tile: WideTile) -> dict[str, str]:
 
 
 def compile_all() -> Iterator[dict[str, Any]]:
-    for tile in CASES:
+    for tile in chosen_tiles():
         constants: dict[str, Any] = {"SIZES": Sizes(tile.rows, tile.outputs, tile.more, tile.stages, PDL=True)}
         kernel = wgmma_kernel
         if tile.shares > 1:

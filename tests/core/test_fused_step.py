@@ -18,6 +18,7 @@ from mamba_core.ops.triton.step_tiles import FEW_ROWS, SOME_ROWS
 from mamba_core.quantization import Int8Linear, quantize_int8
 from tests.core.ops_cases import by_taps, poison_memory
 from tests.core.step_cases import clone, error, in_dtype, widened
+from tests.core.test_persistent_step import bf16_model
 
 MakeModel = Callable[..., MambaForCausalLM]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -254,4 +255,41 @@ def test_steps_that_leave_states_behind_have_the_same_bits(
     settler.settle(torch.arange(num_slots, device=DEVICE))
     assert torch.equal(lagging.ssm, plain.ssm)
     assert not lag.phases.any()
+    assert not counters.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("hidden_size", "num_rows"),
+    [(2560, 33), (2560, 64), (2560, 100), (2560, 256), (2048, 97), (2048, 129), (1024, 250), (768, 66), (768, 131)],
+)
+@torch.inference_mode()
+def test_steps_of_published_widths_on_the_units_of_hopper(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, hidden_size: int, num_rows: int
+) -> None:
+    changes = {"hidden_size": hidden_size, "state_size": 16, "time_step_rank": hidden_size // 16}
+    with torch.inference_mode(False):
+        model = bf16_model(tiny_model, "mamba", **changes)
+        reference = widened(model, tiny_model("mamba", **changes)).to(DEVICE)
+    cache = MambaCache.from_config(model.config, num_rows + 4, dtype=DTYPE, device=DEVICE, may_lag=True)
+    cache.ssm.normal_()
+    cache.conv.normal_()
+    plain, exact = clone(cache, DTYPE), clone(cache, torch.float32)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
+    slots = (1 + torch.randperm(num_rows + 3)[:num_rows]).to(DEVICE)
+    packing = Packing.step(slots)
+    poison_memory(monkeypatch)
+    for _ in range(3):
+        tokens = torch.randint(model.config.vocab_size, (num_rows,), device=DEVICE)
+        expected = reference.forward_packed(tokens, packing, exact)
+        one_by_one = model.backbone.forward_packed(model.backbone.embeddings(tokens), packing, plain)
+        hidden = fused_step(model.backbone, tokens, slots, cache, counters, may_lag=True)
+        assert error(hidden, expected) < 1.2 * error(one_by_one, expected) + 1e-3
+    assert cache.lag is not None
+    assert cache.lag.phases.any()
+    Settler(model.backbone, cache).settle(slots)
+    assert (
+        error(cache.ssm[:, slots], exact.ssm[:, slots]) < 1.2 * error(plain.ssm[:, slots], exact.ssm[:, slots]) + 1e-3
+    )
+    assert error(cache.conv[:, slots], exact.conv[:, slots]) < 1e-2
     assert not counters.any()

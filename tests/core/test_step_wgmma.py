@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from mamba_core.ops.triton.step_wgmma import WideTile
+from mamba_core.ops.triton import step_wgmma
+from mamba_core.ops.triton.quantized import Matrix
+from mamba_core.ops.triton.step_wgmma import WideTile, tile_in, tile_low, tile_out
 from tests.compiling import records_of
 
 # bytes of shared memory that a program may have
@@ -47,3 +50,43 @@ def test_a_tile_fits_what_it_divides() -> None:
     # six shares of two tiles are more than ten tiles
     assert not WideTile(128, 128, 0, 6, shares=6).fits(2048, 640)
     assert WideTile(128, 128, 0, 6, shares=5).fits(2048, 640)
+
+
+def test_the_rows_compiled_for_first_have_all_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_wgmma, "has_wgmma", lambda _: True)
+    for width in (768, 1024, 1536, 2048, 2560):
+        in_proj, x_proj, out_proj = (
+            Matrix(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+            for shape in ((4 * width, width), (width // 16 + 32, 2 * width), (width, 2 * width))
+        )
+        for least, first in ((33, 64), (65, 128), (129, 256)):
+            for rows in range(least, first):
+                assert tile_in(in_proj, rows) == tile_in(in_proj, first)
+                assert tile_low(x_proj, rows) == tile_low(x_proj, first)
+                assert tile_out(out_proj, rows) == tile_out(out_proj, first)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "expected"),
+    [
+        ((192, 5120), 256, WideTile(64, 64, 0, 8, shares=10)),
+        ((192, 5120), 64, WideTile(64, 32, 0, 4, shares=20)),
+        ((160, 4096), 128, WideTile(64, 32, 0, 6, shares=11)),
+        ((80, 1536), 256, WideTile(64, 16, 0, 4, shares=6)),
+        ((80, 1536), 257, None),
+    ],
+)
+def test_x_proj_is_shared_out_among_nearly_all_multiprocessors(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int], rows: int, expected: WideTile | None
+) -> None:
+    monkeypatch.setattr(step_wgmma, "has_wgmma", lambda _: True)
+    assert tile_low(Matrix(torch.empty(sizes, dtype=torch.bfloat16, device="meta")), rows) == expected
+
+
+def test_products_in_other_types_and_on_other_devices_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tile_in(Matrix(torch.empty(3072, 768, dtype=torch.bfloat16)), 128) is None
+    monkeypatch.setattr(step_wgmma, "has_wgmma", lambda _: True)
+    assert tile_in(Matrix(torch.empty(3072, 768, dtype=torch.bfloat16, device="meta")), 128) is not None
+    assert tile_in(Matrix(torch.empty(3072, 768, dtype=torch.float16, device="meta")), 128) is None
+    assert tile_in(Matrix(torch.empty(3072, 768, dtype=torch.int8, device="meta"), torch.empty(3072)), 128) is None
+    assert tile_in(Matrix(torch.empty(3072, 750, dtype=torch.bfloat16, device="meta")), 128) is None

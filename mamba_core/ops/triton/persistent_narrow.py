@@ -60,7 +60,7 @@ def sizes_for(rows: int, width: int, rank: int, taps: int) -> Sizes:
         B=0,
         SPACE=space,
         STAGES=stages,
-        FREED=stages // 2,
+        FREED=1,
         COPIERS=COPIERS,
         AHEAD=3,
         DEPTH=space // 16,

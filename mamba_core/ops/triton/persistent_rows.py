@@ -132,8 +132,8 @@ def sizes_for(rows: int, width: int, rank: int, states: int, taps: int, availabl
         COPIERS=_COPIERS,
         AHEAD=_stages_ahead(triton.cdiv(channels, c_tiles), wide),
         OUT_AHEAD=_stages_ahead(triton.cdiv(outputs, o_tiles), wide),
-        S_WARPS=4,
-        DEPTH=5 if wide == _WIDE else 6,
+        S_WARPS=2 if wide == _WIDE and space == 8 else 4,
+        DEPTH=6 if wide == _LESS_WIDE else 4 if space == 8 else 5,
         GROUP=2 if wide == _WIDE else 3,
         O_GROUP=1 if wide == _WIDE else max(1, 3 // o_tiles),
     )

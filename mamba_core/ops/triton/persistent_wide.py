@@ -70,7 +70,7 @@ def sizes_for(rows: int, width: int, rank: int, taps: int) -> Sizes:
         STAGES=stages,
         FREED=1,
         COPIERS=COPIERS,
-        AHEAD=stages // 2,
+        AHEAD=stages - 2,
         DEPTH=2,
     )
 

@@ -36,6 +36,7 @@ from mamba_core.ops.triton.step_tiles import (
     Tile,
     rows_of_own,
     rows_one_by_one,
+    some_rows,
     tile_delta,
     tile_in,
     tile_low,
@@ -68,6 +69,10 @@ class Step:
     @property
     def num_rows(self) -> int:
         return self.slots.shape[0]
+
+    def is_many(self, dim: int) -> bool:
+        """Whether the rows, of D channels, are gone about as many are."""
+        return self.num_rows > some_rows(dim, self.slots.device)
 
 
 @cache
@@ -113,7 +118,7 @@ def project_in(
     rows, (width, size) = step.num_rows, matrix.shape
     dim, taps_width = taps.shape
     y = torch.empty((rows, width), dtype=x.values.dtype, device=matrix.device)
-    wide = step_wgmma.tile_in(matrix, rows) if rows > SOME_ROWS else None
+    wide = step_wgmma.tile_in(matrix, rows) if step.is_many(dim) else None
     if wide is not None or rows > rows_of_own(matrix, size):
         if wide is not None:
             step_wgmma.project(x.values, matrix.weight, y, wide, pdl=_has_pdl(y.device))
@@ -184,12 +189,13 @@ def project_in(
 
 
 def project_low(step: Step, xz: Tensor, matrix: Matrix) -> Tensor:
-    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 up to SOME_ROWS; matrix [R + 2 N, D]."""
+    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 of few rows; matrix [R + 2 N, D]."""
     rows, (width, dim) = step.num_rows, matrix.shape
-    if rows > SOME_ROWS:
+    wide = step_wgmma.tile_low(matrix, rows) if step.is_many(dim) else None
+    if wide is not None or rows > SOME_ROWS:
         if matrix.scales is not None:
             return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
-        if (wide := step_wgmma.tile_low(matrix, rows)) is not None:
+        if wide is not None:
             return _sum(_share_wide(xz[:, :dim], matrix, wide), xz.dtype)
         return _sum(_share_out(step, xz, matrix, tile_low(matrix, rows), None), xz.dtype)
     if rows <= rows_one_by_one(matrix):
@@ -213,19 +219,19 @@ def advance(
 ) -> Tensor:
     """dt_proj, the recurrence and the gate: y [B, D] from xz [B, 2 D] and low [B, R + 2 N].
 
-    With ``lag``, of the layer and for more than SOME_ROWS rows, states are written where their phase has it, and those
+    With ``lag``, of the layer and for many rows, states are written where their phase has it, and those
     that lack a token get both.
     """
     rows, (dim, rank), states = step.num_rows, (dt_weight.shape[0], dt_weight.shape[1]), A.shape[1]
     y = torch.empty((rows, dim), dtype=xz.dtype, device=xz.device)
     eps = inner_eps or 0.0
-    assert lag is None or rows > SOME_ROWS, "delta must be given before its bias"
-    own_delta, is_many = rows <= VERY_FEW_ROWS, rows > SOME_ROWS
+    own_delta, is_many = rows <= VERY_FEW_ROWS, step.is_many(dim)
+    assert lag is None or is_many, "delta must be given before its bias"
     shape = {"R": rank, "NORM": inner_eps is not None, **_launch(xz.device)}
     delta = low
     if not own_delta:
         delta = torch.empty((rows, dim), dtype=xz.dtype if is_many else torch.float32, device=xz.device)
-        tile = tile_delta(rank, rows)
+        tile = tile_delta(rank, is_many=is_many)
         delta_kernel[(triton.cdiv(dim, tile.outputs), triton.cdiv(rows, tile.rows))](
             low,
             dt_weight,
@@ -283,7 +289,7 @@ def project_out(
     """
     rows, (width, dim) = step.num_rows, matrix.shape
     values = torch.empty((rows, width), dtype=y.dtype, device=matrix.device)
-    wide = step_wgmma.tile_out(matrix, rows) if rows > SOME_ROWS else None
+    wide = step_wgmma.tile_out(matrix, rows) if step.is_many(dim) else None
     if wide is not None:
         return _gather(step, _share_wide(y, matrix, wide), bias, gain, residual, values), residual
     if rows > rows_of_own(matrix, width):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 import triton
 
 from mamba_core.ops.triton.quantized import Matrix
+from mamba_core.ops.triton.step_wgmma import has_wgmma
 
 # rows up to which a product multiplies row by row while its weights stream by
 VERY_FEW_ROWS = 2
@@ -17,6 +19,9 @@ VERY_FEW_ROWS = 2
 FEW_ROWS = 32
 # rows up to which our own products stream the weights faster than the library's do
 SOME_ROWS = 64
+# the same for layers whose states are so many channels wide, on Hopper
+SOME_ROWS_OF_WIDE = 32
+_WIDE_STATES = 5120
 # the same for the two large products of layers up to so wide
 NARROW_ROWS = 128
 NARROW = 768
@@ -31,6 +36,11 @@ class Tile:
     share: int
     inputs: int
     stages: int
+
+
+def some_rows(dim: int, device: torch.device) -> int:
+    """Rows of D channels up to which a step goes about them as about few, by a single launch where there is one."""
+    return SOME_ROWS_OF_WIDE if dim >= _WIDE_STATES and has_wgmma(device) else SOME_ROWS
 
 
 def rows_one_by_one(matrix: Matrix) -> int:
@@ -70,10 +80,10 @@ def tile_low(matrix: Matrix, rows: int) -> Tile:
     return _tile_shared(rows, dim, 16, 8) if matrix.scales is None else Tile(16, 16, _share(dim, 16), 128, 4)
 
 
-def tile_delta(rank: int, rows: int) -> Tile:
+def tile_delta(rank: int, *, is_many: bool) -> Tile:
     """dt_proj, whose inputs are few: all of them belong to a program, which for many rows takes 64 at a time."""
     whole = max(16, triton.next_power_of_2(rank))
-    if rows <= SOME_ROWS:
+    if not is_many:
         return Tile(16, 64, whole, whole, 1)
     return Tile(128, 128, whole, min(whole, 64), 1)
 

@@ -1,4 +1,4 @@
-"""Launches of ``step_wgmma_kernel``: the products of a decode step of 17 to 256 rows on Hopper."""
+"""Launches of ``step_wgmma_kernel``, and the products of a decode step of 33 to 256 rows that it is for."""
 
 from __future__ import annotations
 
@@ -81,8 +81,11 @@ def tile_low(matrix: Matrix, rows: int) -> WideTile | None:
     if rows > MOST_ROWS:
         return None
 
+    # the same kernels up to each of few numbers of rows, for which steps are compiled first
+    most = next(most for most in (FEW_ROWS, HALF_ROWS, MOST_ROWS) if rows <= most)
+
     def num_shares(outputs: int) -> int:
-        return _PROGRAMS // (triton.cdiv(rows, 64) * triton.cdiv(width, outputs))
+        return _PROGRAMS // (most // 64 * triton.cdiv(width, outputs))
 
     sizes = [outputs for outputs in (32, 64) if width % outputs == 0] or [16]
     outputs = next((size for size in sizes if num_shares(size) >= _LEAST_SHARES), sizes[-1])

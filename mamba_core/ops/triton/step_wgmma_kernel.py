@@ -1,4 +1,4 @@
-"""The products of a decode step of 17 to 256 rows, on the matrix units of Hopper (sm_90).
+"""Products of a decode step of many rows, on the matrix units of Hopper (sm_90).
 
 One warp fetches tiles into a ring of shared memory, by the unit that copies tensors; the others multiply what has come.
 A tile of rows is the first operand, 64 to 256 high; the outputs of a program are a power of two and a second, smaller
