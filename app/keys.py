@@ -61,8 +61,6 @@ def parse_key(text: str, default: KeyLimits = KeyLimits(), nameless: str = "key-
         words = words[2:]
     if not words:
         raise ValueError("an empty key would let everybody in; leave the setting out to serve without keys")
-    if text.strip()[0] + text.strip()[-1] == "[]":
-        raise ValueError("a key in brackets looks like a list; give each key as a value of its own")
     secret, *options = words
     if not secret.isascii() or not secret.isprintable():
         raise ValueError("a key holds only printable ASCII characters and no spaces")

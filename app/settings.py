@@ -241,7 +241,10 @@ class Settings(BaseSettings):
     @classmethod
     def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         for key in keys:
-            parse_key(key.get_secret_value())
+            text = key.get_secret_value().strip()
+            if text[:1] + text[-1:] == "[]":
+                raise ValueError("a key in brackets looks like a list; give each key as a value of its own")
+            parse_key(text)
         return keys
 
     @property

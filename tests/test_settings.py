@@ -99,6 +99,13 @@ def test_bytes_of_a_key_file(tmp_path: Path, content: bytes, names: list[str] | 
         assert [key.name for key in read] == names
 
 
+def test_a_key_in_brackets_is_a_key_in_a_file(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("[sk]\n")
+    read = load({"model": "a/b", "api_key_file": str(keys)}).read_api_keys()
+    assert [key.secret for key in read] == ["[sk]"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
