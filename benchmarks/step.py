@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.in_process import Subject, add_arguments, load_subject, numbers, print_line
 from mamba_core.cache import MambaCache
 from mamba_core.fused_step import fused_step
-from mamba_core.ops.triton.step import MAX_TILES
+from mamba_core.ops.triton.step_products import MAX_TILES
 
 WARM_UP = 3
 # of the kernels told with --kernels, the longest

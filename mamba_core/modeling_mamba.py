@@ -273,7 +273,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
         if hidden.is_cuda and hidden.dtype.itemsize == 2 and not torch.is_grad_enabled():
             # what the matrix units have summed in fp32 is not rounded on its way out
             from mamba_core.ops.triton.quantized import Matrix
-            from mamba_core.ops.triton.step import project_head
+            from mamba_core.ops.triton.step_products import project_head
 
             logits = project_head(hidden.reshape(-1, hidden.shape[-1]), Matrix(weight, scales))
             return logits.view(*hidden.shape[:-1], -1)
@@ -294,7 +294,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):  # type: ignore[m
 
     def _step_counters(self) -> Tensor:
         """What the programs of a fused step count themselves with; made once, zero between steps."""
-        from mamba_core.ops.triton.step import MAX_TILES
+        from mamba_core.ops.triton.step_products import MAX_TILES
 
         device = self.lm_head.weight.device
         if self._counters is None or self._counters.device != device:

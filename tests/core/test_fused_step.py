@@ -13,7 +13,7 @@ from mamba_core.lagging import Settler
 from mamba_core.ops import Packing
 from mamba_core.ops.lag import BEHIND, WRITTEN
 from mamba_core.ops.triton.quantized import Matrix, dequantize
-from mamba_core.ops.triton.step import MAX_TILES, project_head
+from mamba_core.ops.triton.step_products import MAX_TILES, project_head
 from mamba_core.ops.triton.step_tiles import FEW_ROWS, SOME_ROWS
 from mamba_core.quantization import Int8Linear, quantize_int8
 from tests.core.ops_cases import by_taps, poison_memory

@@ -12,7 +12,7 @@ from mamba_core import MambaCache, few_rows_step, fused_step, single_step, wide_
 from mamba_core.ops.triton import persistent_narrow
 from mamba_core.ops.triton.persistent_many import MAX_ROWS
 from mamba_core.ops.triton.persistent_narrow import fits, programs, sizes_for
-from mamba_core.ops.triton.step import MAX_TILES
+from mamba_core.ops.triton.step_products import MAX_TILES
 from tests.compiling import records_of
 from tests.core.test_persistent_step import MakeModel, launch_on_a_cpu
 from tests.core.test_persistent_wide import (

@@ -14,7 +14,7 @@ from mamba_core import MambaCache, few_rows_step, fused_step, single_step
 from mamba_core.ops import Packing
 from mamba_core.ops.triton import persistent_rows, step
 from mamba_core.ops.triton.persistent_rows import MAX_ROWS, sizes_for
-from mamba_core.ops.triton.step import MAX_TILES
+from mamba_core.ops.triton.step_products import MAX_TILES
 from tests.compiling import records_of
 from tests.core.ops_cases import poison_memory
 from tests.core.test_persistent_step import MakeModel, bf16_model, clone, error, launch_on_a_cpu, make_layer, warm_cache

@@ -17,7 +17,7 @@ from mamba_core import MambaCache, MambaForCausalLM, fused_step, single_step
 from mamba_core.ops import Packing
 from mamba_core.ops.triton import persistent, persistent_step
 from mamba_core.ops.triton.persistent_step import LayerWeights, Weights, is_applicable, locate, sizes_for
-from mamba_core.ops.triton.step import MAX_TILES
+from mamba_core.ops.triton.step_products import MAX_TILES
 from mamba_core.quantization import quantize_int8
 from tests.compiling import records_of
 from tests.core.ops_cases import poison_memory

@@ -14,7 +14,7 @@ from mamba_core.ops import Packing
 from mamba_core.ops.triton import persistent_wide, step
 from mamba_core.ops.triton.persistent_many import MAX_ROWS
 from mamba_core.ops.triton.persistent_wide import PROGRAMS, fits, sizes_for
-from mamba_core.ops.triton.step import MAX_TILES
+from mamba_core.ops.triton.step_products import MAX_TILES
 from mamba_core.wide_step import LEAST_ROWS
 from tests.compiling import records_of
 from tests.core.ops_cases import poison_memory

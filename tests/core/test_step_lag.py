@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mamba_core.ops.lag import BEHIND, WRITTEN, Lag
 from mamba_core.ops.triton.persistent_step import LayerWeights, locate
-from mamba_core.ops.triton.step import SOME_ROWS, Step, advance
+from mamba_core.ops.triton.step import Step, advance
 from mamba_core.ops.triton.step_lag import settle, turn
+from mamba_core.ops.triton.step_tiles import SOME_ROWS
 from tests.core.ops_cases import poison_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

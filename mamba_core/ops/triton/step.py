@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -25,15 +24,22 @@ from mamba_core.ops.triton.step_product_kernels import (
     gather_kernel,
     product_in_kernel,
     product_out_kernel,
-    product_shared_kernel,
-    sum_kernel,
+)
+from mamba_core.ops.triton.step_products import (
+    has_pdl,
+    launch_options,
+    multiply_rows,
+    share_out,
+    share_wide,
+    shares_of,
+    sum_shares,
+    tile_options,
 )
 from mamba_core.ops.triton.step_state_kernels import advance_kernel, delta_kernel
 from mamba_core.ops.triton.step_tiles import (
     FEW_ROWS,
     SOME_ROWS,
     VERY_FEW_ROWS,
-    Tile,
     rows_of_own,
     rows_one_by_one,
     some_rows,
@@ -41,12 +47,8 @@ from mamba_core.ops.triton.step_tiles import (
     tile_in,
     tile_low,
     tile_out,
-    tile_whole,
     whole_rows,
 )
-
-# tiles whose programs count themselves: more than there are in any product
-MAX_TILES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +77,6 @@ class Step:
         return self.num_rows > some_rows(dim, self.slots.device)
 
 
-@cache
-def _has_pdl(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _launch(device: torch.device) -> dict[str, bool]:
-    pdl = _has_pdl(device)
-    return {"PDL": pdl, "launch_pdl": True} if pdl else {"PDL": False}
-
-
 def embed(step: Step, tokens: Tensor, table: Tensor, gain: Tensor) -> tuple[Tensor, Gained]:
     """tokens [B], table [V, H] -> residual [B, H] fp32, and the first norm."""
     rows, width = step.num_rows, table.shape[1]
@@ -100,7 +92,7 @@ def embed(step: Step, tokens: Tensor, table: Tensor, gain: Tensor) -> tuple[Tens
         step.eps,
         BLOCK_H=triton.next_power_of_2(width),
         num_warps=4,
-        **_launch(table.device),
+        **launch_options(table.device),
     )
     return residual, Gained(values, residual, 0)
 
@@ -121,13 +113,13 @@ def project_in(
     wide = step_wgmma.tile_in(matrix, rows) if step.is_many(dim) else None
     if wide is not None or rows > rows_of_own(matrix, size):
         if wide is not None:
-            step_wgmma.project(x.values, matrix.weight, y, wide, pdl=_has_pdl(y.device))
+            step_wgmma.project(x.values, matrix.weight, y, wide, pdl=has_pdl(y.device))
         else:
             torch.mm(x.values, matrix.transposed(y.dtype), out=y)
         if bias is not None:
             y += bias
         x_half = y[:, :dim]
-        convolve_step(x_half, taps, conv_bias, conv_state, step.slots, x_half, pdl=_has_pdl(y.device))
+        convolve_step(x_half, taps, conv_bias, conv_state, step.slots, x_half, pdl=has_pdl(y.device))
         return y
     arguments = (
         x.values,
@@ -147,7 +139,7 @@ def project_in(
         "HAS_CONV_BIAS": conv_bias is not None,
         "PARTS": x.parts,
         "BLOCK_P": triton.next_power_of_2(max(x.parts, 1)),
-        **_launch(matrix.device),
+        **launch_options(matrix.device),
     }
     if rows <= rows_one_by_one(matrix):
         matvec_in_kernel[(triton.cdiv(width, 4),)](
@@ -196,12 +188,12 @@ def project_low(step: Step, xz: Tensor, matrix: Matrix) -> Tensor:
         if matrix.scales is not None:
             return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
         if wide is not None:
-            return _sum(_share_wide(xz[:, :dim], matrix, wide), xz.dtype)
-        return _sum(_share_out(step, xz, matrix, tile_low(matrix, rows), None), xz.dtype)
+            return sum_shares(share_wide(xz[:, :dim], matrix, wide), xz.dtype)
+        return sum_shares(share_out(xz, matrix, tile_low(matrix, rows), step.counters), xz.dtype)
     if rows <= rows_one_by_one(matrix):
-        return _multiply_rows(xz, matrix, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
+        return multiply_rows(xz, matrix, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)
     y = torch.empty((rows, width), dtype=torch.float32, device=matrix.device)
-    _share_out(step, xz, matrix, tile_low(matrix, rows), y)
+    share_out(xz, matrix, tile_low(matrix, rows), step.counters, y)
     return y
 
 
@@ -227,7 +219,7 @@ def advance(
     eps = inner_eps or 0.0
     own_delta, is_many = rows <= VERY_FEW_ROWS, step.is_many(dim)
     assert lag is None or is_many, "delta must be given before its bias"
-    shape = {"R": rank, "NORM": inner_eps is not None, **_launch(xz.device)}
+    shape = {"R": rank, "NORM": inner_eps is not None, **launch_options(xz.device)}
     delta = low
     if not own_delta:
         delta = torch.empty((rows, dim), dtype=xz.dtype if is_many else torch.float32, device=xz.device)
@@ -249,7 +241,7 @@ def advance(
             **shape,
         )
     if is_many and fits(A, ssm_state, inner_eps):
-        return advance_many(xz, low, delta, dt_bias, A, D, ssm_state, step.slots, lag, _launch(xz.device))
+        return advance_many(xz, low, delta, dt_bias, A, D, ssm_state, step.slots, lag, launch_options(xz.device))
     block = 32 if own_delta else 64 if is_many else 128
     advance_kernel[(triton.cdiv(dim, block), rows)](
         xz,
@@ -291,7 +283,7 @@ def project_out(
     values = torch.empty((rows, width), dtype=y.dtype, device=matrix.device)
     wide = step_wgmma.tile_out(matrix, rows) if step.is_many(dim) else None
     if wide is not None:
-        return _gather(step, _share_wide(y, matrix, wide), bias, gain, residual, values), residual
+        return _gather(step, share_wide(y, matrix, wide), bias, gain, residual, values), residual
     if rows > rows_of_own(matrix, width):
         product = torch.mm(y, matrix.transposed(y.dtype), out=values)
         if bias is not None:
@@ -299,7 +291,7 @@ def project_out(
         values, residual = rms_norm_residual(product, residual, gain, step.eps)
         return Gained(values, residual, 0), residual
     if rows > FEW_ROWS:
-        shares = _share_out(step, y, matrix, tile_out(matrix, rows), None)
+        shares = share_out(y, matrix, tile_out(matrix, rows), step.counters)
         return _gather(step, shares, bias, gain, residual, values), residual
     if rows > rows_one_by_one(matrix):
         return _project_out_rows(step, y, matrix, bias, gain, residual, values), residual
@@ -321,7 +313,7 @@ def project_out(
         BLOCK_N=4,
         num_warps=4,
         **whole_rows(dim),
-        **_launch(matrix.device),
+        **launch_options(matrix.device),
     )
     return Gained(values, squares, parts), residual
 
@@ -342,76 +334,7 @@ def finish(step: Step, x: Gained) -> Tensor:
         BLOCK_P=triton.next_power_of_2(x.parts),
         BLOCK_H=triton.next_power_of_2(y.shape[1]),
         num_warps=4,
-        **_launch(y.device),
-    )
-    return y
-
-
-def project_head(hidden: Tensor, matrix: Matrix) -> Tensor:
-    """Logits [B, V] fp32 of hidden [B, H], bf16 or fp16; matrix [V, H]."""
-    rows, hidden = hidden.shape[0], hidden.contiguous()
-    if 0 < rows <= rows_one_by_one(matrix):
-        return _multiply_rows(hidden, matrix, rows, x_row=1, block=4, warps=2 * rows)
-    if 0 < rows <= (FEW_ROWS if matrix.scales is None else SOME_ROWS):
-        return _multiply_whole(hidden, matrix, rows)
-    return torch.mm(hidden, matrix.transposed(hidden.dtype), out_dtype=torch.float32)
-
-
-def _multiply_whole(x: Tensor, matrix: Matrix, rows: int) -> Tensor:
-    """x W^T [B, out] fp32 of several rows, in one share."""
-    (width, size), device = matrix.shape, matrix.device
-    tile = tile_whole(matrix, rows)
-    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.outputs), 1)
-    y = torch.empty((rows, width), dtype=torch.float32, device=device)
-    product_shared_kernel[grid](
-        x,
-        *matrix.pointers,
-        y,
-        y,
-        y,
-        rows,
-        size,
-        size,
-        width,
-        SUM=False,
-        **_options(tile, grid, size),
-        **_launch(device),
-    )
-    return y
-
-
-def _multiply_rows(x: Tensor, matrix: Matrix, rows: int, *, x_row: int, block: int, warps: int) -> Tensor:
-    """x W^T [B, out] fp32 of very few rows, which lie ``x_row`` times their width apart; matrix [out, in]."""
-    width, size = matrix.shape
-    y = torch.empty((rows, width), dtype=torch.float32, device=matrix.device)
-    matvec_in_kernel[(triton.cdiv(width, block),)](
-        x,
-        x,
-        *matrix.pointers,
-        x,
-        x,
-        x,
-        y,
-        x,
-        x,
-        size,
-        width,
-        0,
-        0,
-        0.0,
-        K=0,
-        TAP_MAJOR=False,
-        PARTS=0,
-        BLOCK_P=1,
-        HAS_BIAS=False,
-        HAS_CONV_BIAS=False,
-        ROWS=rows,
-        BLOCK_R=triton.next_power_of_2(rows),
-        BLOCK_N=block,
-        X_ROW=x_row,
-        num_warps=warps,
-        **whole_rows(size),
-        **_launch(matrix.device),
+        **launch_options(y.device),
     )
     return y
 
@@ -421,7 +344,7 @@ def _project_out_rows(
 ) -> Gained:
     rows, (width, dim) = step.num_rows, matrix.shape
     tile = tile_out(matrix, rows)
-    grid, share = _shares(tile, rows, width, dim, matrix.device)
+    grid, share = shares_of(tile, rows, width, dim, matrix.device)
     squares = torch.empty((grid[1], rows), dtype=torch.float32, device=matrix.device)
     product_out_kernel[grid](
         y,
@@ -437,8 +360,8 @@ def _project_out_rows(
         dim,
         width,
         HAS_BIAS=bias is not None,
-        **_options(tile, grid, dim),
-        **_launch(matrix.device),
+        **tile_options(tile, grid, dim),
+        **launch_options(matrix.device),
     )
     return Gained(values, squares, grid[1])
 
@@ -459,63 +382,6 @@ def _gather(step: Step, shares: Tensor, bias: Tensor | None, gain: Tensor, resid
         HAS_BIAS=bias is not None,
         BLOCK_H=triton.next_power_of_2(width),
         num_warps=16 if width == 2048 else 8,
-        **_launch(shares.device),
+        **launch_options(shares.device),
     )
     return Gained(values, residual, 0)
-
-
-def _share_out(step: Step, x: Tensor, matrix: Matrix, tile: Tile, total: Tensor | None) -> Tensor:
-    """x [B, in] W^T in shares of the inputs, [shares, B, out] fp32, and their sum in ``total`` [B, out] if given."""
-    rows, (width, size) = step.num_rows, matrix.shape
-    grid, share = _shares(tile, rows, width, size, matrix.device)
-    product_shared_kernel[grid](
-        x,
-        *matrix.pointers,
-        share if total is None else total,
-        share,
-        step.counters,
-        rows,
-        x.stride(0),
-        size,
-        width,
-        SUM=total is not None,
-        **_options(tile, grid, size),
-        **_launch(matrix.device),
-    )
-    return share
-
-
-def _share_wide(x: Tensor, matrix: Matrix, tile: step_wgmma.WideTile) -> Tensor:
-    """x [B, in] W^T in shares of the inputs, [shares, B, out] fp32, on the matrix units of Hopper."""
-    shares = torch.empty((tile.shares, x.shape[0], matrix.shape[0]), dtype=torch.float32, device=x.device)
-    step_wgmma.share_out(x, matrix.weight, shares, tile, pdl=_has_pdl(x.device))
-    return shares
-
-
-def _sum(shares: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of shares [shares, B, out] fp32."""
-    y = torch.empty(shares.shape[1:], dtype=dtype, device=shares.device)
-    sum_kernel[(triton.cdiv(y.numel(), 128),)](
-        shares, y, y.numel(), SHARES=shares.shape[0], BLOCK=128, num_warps=4, **_launch(y.device)
-    )
-    return y
-
-
-def _shares(tile: Tile, rows: int, width: int, size: int, device: torch.device) -> tuple[tuple[int, int, int], Tensor]:
-    """The programs of a product whose inputs are shared out, and room for what they make."""
-    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.outputs), triton.cdiv(size, tile.share))
-    assert grid[0] * grid[1] <= MAX_TILES
-    return grid, torch.empty((grid[2], rows, width), dtype=torch.float32, device=device)
-
-
-def _options(tile: Tile, grid: tuple[int, int, int], size: int) -> dict[str, int | bool]:
-    return {
-        "SHARE": tile.share,
-        "SHARES": grid[2],
-        "BLOCK_B": tile.rows,
-        "BLOCK_N": tile.outputs,
-        "BLOCK_K": tile.inputs,
-        "EVEN": size % tile.share == 0 and tile.share % tile.inputs == 0,
-        "num_warps": 4,
-        "num_stages": tile.stages,
-    }
