@@ -12,6 +12,7 @@ from mamba_core.fused_step import fused_step
 from mamba_core.lagging import Settler
 from mamba_core.ops import Packing
 from mamba_core.ops.lag import BEHIND, WRITTEN
+from mamba_core.ops.triton import step_wgmma
 from mamba_core.ops.triton.quantized import Matrix, dequantize
 from mamba_core.ops.triton.step_products import MAX_TILES, project_head
 from mamba_core.ops.triton.step_tiles import FEW_ROWS, SOME_ROWS
@@ -256,6 +257,46 @@ def test_steps_that_leave_states_behind_have_the_same_bits(
     assert torch.equal(lagging.ssm, plain.ssm)
     assert not lag.phases.any()
     assert not counters.any()
+
+
+@pytest.mark.parametrize("num_rows", [65, 130])
+@pytest.mark.parametrize("changes", [{}, {"use_bias": True}], ids=["plain", "biased"])
+@torch.inference_mode()
+def test_a_step_whose_products_the_units_of_hopper_make(
+    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], num_rows: int
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def project(
+        x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, tile: step_wgmma.WideTile, *, pdl: bool
+    ) -> None:
+        assert tile.shares == 1
+        asked.append((weight.shape[0], weight.shape[1]))
+        y.copy_(x.float() @ weight.float().T)
+
+    def share_out(
+        x: torch.Tensor, weight: torch.Tensor, shares: torch.Tensor, tile: step_wgmma.WideTile, **_: bool
+    ) -> None:
+        asked.append((weight.shape[0], weight.shape[1]))
+        size = 64 * -(-weight.shape[1] // (64 * tile.shares))
+        parts = zip(x.float().split(size, 1), weight.float().split(size, 1), strict=True)
+        shares.copy_(torch.stack([some @ rows.T for some, rows in parts]))
+
+    changes = {"hidden_size": 256, "state_size": 16, "time_step_rank": 16} | changes
+    model = in_dtype(tiny_model("mamba", **changes), DTYPE).to(DEVICE)
+    reference = widened(model, tiny_model("mamba", **changes)).to(DEVICE)
+    monkeypatch.setattr(step_wgmma, "_usable", lambda matrix, tile: tile if tile.fits(*matrix.shape) else None)
+    monkeypatch.setattr(step_wgmma, "project", project)
+    monkeypatch.setattr(step_wgmma, "share_out", share_out)
+    slots = (1 + torch.randperm(num_rows + 3)[:num_rows]).to(DEVICE)
+    tokens = (torch.arange(num_rows, device=DEVICE) * 7) % model.config.vocab_size
+    cache = warm_cache(model, num_rows + 4, DTYPE)
+    exact = clone(cache, torch.float32)
+    counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
+    hidden = fused_step(model.backbone, tokens, slots, cache, counters)
+    assert asked == [(1024, 256), (48, 512), (256, 512)] * len(model.backbone.layers)
+    assert error(hidden, reference.forward_packed(tokens, Packing.step(slots), exact)) < 1e-2
+    assert error(cache.ssm[:, slots], exact.ssm[:, slots]) < 1e-2
 
 
 @pytest.mark.gpu
