@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mamba_core import MambaCache, MambaForCausalLM
+from mamba_core import MambaCache, MambaForCausalLM, lagging
 from mamba_core.fused_step import fused_step
 from mamba_core.lagging import Settler
 from mamba_core.ops import Packing
 from mamba_core.ops.lag import BEHIND, WRITTEN
-from mamba_core.ops.triton import step_wgmma
+from mamba_core.ops.triton import step, step_wgmma
 from mamba_core.ops.triton.quantized import Matrix, dequantize
 from mamba_core.ops.triton.step_products import MAX_TILES, project_head
-from mamba_core.ops.triton.step_tiles import FEW_ROWS, SOME_ROWS
+from mamba_core.ops.triton.step_tiles import FEW_ROWS, SOME_ROWS, SOME_ROWS_OF_WIDE
 from mamba_core.quantization import Int8Linear, quantize_int8
 from tests.core.ops_cases import by_taps, poison_memory
 from tests.core.step_cases import clone, error, in_dtype, widened
@@ -187,74 +187,83 @@ def test_dequantizing_is_right_to_the_rounding(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "is_int8"),
+    ("family", "changes", "is_int8", "some_rows"),
     [
-        ("mamba", ODD | {"hidden_size": 32}, False),
-        ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}, False),
-        ("mamba", BIASED, True),
+        ("mamba", ODD | {"hidden_size": 32}, False, SOME_ROWS),
+        ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}, False, SOME_ROWS),
+        ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}, False, SOME_ROWS_OF_WIDE),
+        ("mamba", BIASED, True, SOME_ROWS),
+        ("mamba", BIASED, True, SOME_ROWS_OF_WIDE),
     ],
-    ids=["odd", "falcon", "int8"],
+    ids=["odd", "falcon", "falcon, fewer", "int8", "int8, fewer"],
 )
 @torch.inference_mode()
 def test_steps_that_leave_states_behind_have_the_same_bits(
-    tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, object], is_int8: bool
+    tiny_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    changes: dict[str, object],
+    is_int8: bool,
+    some_rows: int,
 ) -> None:
+    for module in (step, lagging):
+        monkeypatch.setattr(module, "some_rows", lambda *_: some_rows)
     with torch.inference_mode(False):
         model = in_dtype(tiny_model(family, **changes), DTYPE).to(DEVICE)
     if is_int8:
         quantize_int8(model)
-    num_slots = SOME_ROWS + 8
+    num_slots = some_rows + 8
     plain = warm_cache(model, num_slots, DTYPE)
-    lagging = MambaCache.from_config(model.config, num_slots, dtype=DTYPE, device=DEVICE, may_lag=True)
-    lagging.conv.copy_(plain.conv)
-    lagging.ssm.copy_(plain.ssm)
-    lag = lagging.lag
+    late = MambaCache.from_config(model.config, num_slots, dtype=DTYPE, device=DEVICE, may_lag=True)
+    late.conv.copy_(plain.conv)
+    late.ssm.copy_(plain.ssm)
+    lag = late.lag
     assert lag is not None
     # what was never kept must never be read
     lag.inputs.fill_(torch.nan)
     lag.b.fill_(torch.nan)
-    settler = Settler(model.backbone, lagging)
+    settler = Settler(model.backbone, late)
     counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
     generator = torch.Generator().manual_seed(1)
 
-    def step(slots: torch.Tensor) -> None:
+    def advance(slots: torch.Tensor) -> None:
         """One token for each slot, in both caches."""
         tokens = torch.randint(model.config.vocab_size, slots.shape, generator=generator).to(DEVICE)
         expected = fused_step(model.backbone, tokens, slots, plain, counters)
-        hidden = fused_step(model.backbone, tokens, slots, lagging, counters, may_lag=True)
+        hidden = fused_step(model.backbone, tokens, slots, late, counters, may_lag=True)
         assert torch.equal(hidden, expected)
-        assert torch.equal(lagging.conv, plain.conv)
+        assert torch.equal(late.conv, plain.conv)
 
     poison_memory(monkeypatch)
     for number in range(3):
         before = lag.phases.clone()
         # some come, some go, and some are there each time
-        slots = (1 + torch.randperm(num_slots - 1, generator=generator)[: SOME_ROWS + 1]).to(DEVICE)
-        step(slots)
+        slots = (1 + torch.randperm(num_slots - 1, generator=generator)[: some_rows + 1]).to(DEVICE)
+        advance(slots)
         is_left = (before == WRITTEN) | ((before == 0) & (torch.arange(num_slots, device=DEVICE) % 2 == 0))
         before[slots] = torch.where(is_left, BEHIND, WRITTEN).int()[slots]
         assert torch.equal(lag.phases, before)
         in_time = lag.phases != BEHIND
-        assert torch.equal(lagging.ssm[:, in_time], plain.ssm[:, in_time])
-        assert not torch.equal(lagging.ssm, plain.ssm)
+        assert torch.equal(late.ssm[:, in_time], plain.ssm[:, in_time])
+        assert not torch.equal(late.ssm, plain.ssm)
         if number == 0:
             # one slot begins anew and another goes on from where a third is, though they lack a token
             fresh, source = (lag.phases == BEHIND).nonzero()[:2, 0]
             target = (lag.phases == WRITTEN).nonzero()[0, 0]
-            for cache in (plain, lagging):
+            for cache in (plain, late):
                 cache.zero(fresh)
                 cache.copy(source, target)
             assert lag.phases[torch.stack((fresh, source, target))].tolist() == [0, BEHIND, BEHIND]
     few = (lag.phases == BEHIND).nonzero()[:3, 0]
     assert len(few) == 3
     settler.settle(few)
-    assert torch.equal(lagging.ssm[:, few], plain.ssm[:, few])
+    assert torch.equal(late.ssm[:, few], plain.ssm[:, few])
     # so few rows leave nothing behind
-    step(few)
+    advance(few)
     assert not lag.phases[few].any()
     assert lag.phases.any()
     settler.settle(torch.arange(num_slots, device=DEVICE))
-    assert torch.equal(lagging.ssm, plain.ssm)
+    assert torch.equal(late.ssm, plain.ssm)
     assert not lag.phases.any()
     assert not counters.any()
 
@@ -267,9 +276,7 @@ def test_a_step_whose_products_the_units_of_hopper_make(
 ) -> None:
     asked: list[tuple[int, int]] = []
 
-    def project(
-        x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, tile: step_wgmma.WideTile, *, pdl: bool
-    ) -> None:
+    def project(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, tile: step_wgmma.WideTile, **_: bool) -> None:
         assert tile.shares == 1
         asked.append((weight.shape[0], weight.shape[1]))
         y.copy_(x.float() @ weight.float().T)

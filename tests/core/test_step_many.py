@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mamba_core.ops.lag import Lag
-from mamba_core.ops.triton import step_many
+from mamba_core.ops.triton import step_many, step_tiles
 from mamba_core.ops.triton.step import Step, advance
 from mamba_core.ops.triton.step_many import fits, rows_of_program
 from tests.core.ops_cases import poison_memory
@@ -56,6 +56,13 @@ def test_others_are_left_to_the_kernel_for_all(
     monkeypatch.setattr(step_many.triton.knobs.runtime, "interpret", False)
     decay = SimpleNamespace(shape=(dim, states), device=torch.device("cuda", 0))
     assert fits(decay, torch.empty(0, dtype=dtype), inner_eps) is is_served  # type: ignore[arg-type]
+
+
+def test_from_fewer_rows_on_where_states_are_wide_and_the_units_are_hoppers(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    for has_wgmma, dim, expected in ((True, 5120, 32), (True, 4096, 64), (False, 5120, 64)):
+        monkeypatch.setattr(step_tiles, "has_wgmma", lambda _, has=has_wgmma: has)
+        assert step_tiles.some_rows(dim, device) == expected
 
 
 def test_nothing_is_served_without_a_gpu() -> None:
