@@ -60,7 +60,6 @@ def sizes_for(rows: int, width: int, rank: int, taps: int) -> Sizes:
         B=0,
         SPACE=space,
         STAGES=stages,
-        FREED=1,
         COPIERS=COPIERS,
         AHEAD=3,
         DEPTH=space // 16,

@@ -68,7 +68,6 @@ def sizes_for(rows: int, width: int, rank: int, taps: int) -> Sizes:
         B=low,
         SPACE=32 if rows <= 32 else 64,
         STAGES=stages,
-        FREED=1,
         COPIERS=COPIERS,
         AHEAD=stages - 2,
         DEPTH=2,

@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
     """What a kernel is compiled for.
 
     H, D, R, N and K of a layer. A + B: outputs of a program of the large products, a power of two and the rest. SPACE:
-    rows at the most. STAGES: tiles that the rings hold. FREED: slots that are freed at a time. COPIERS: warps that copy
+    rows at the most. STAGES: tiles that the rings hold. COPIERS: warps that copy
     weights, AHEAD tiles and one more at a time, and as many that copy inputs. DEPTH: of the rows' states, PART rows
     each, so many are read ahead.
     """
@@ -40,7 +40,6 @@ class Sizes(NamedTuple):
     B: int
     SPACE: int
     STAGES: int
-    FREED: int
     COPIERS: int
     AHEAD: int
     DEPTH: int
@@ -216,13 +215,11 @@ def _multiply(
 ):
     """sums [64, A] and [64, B]: tiles of inputs times tiles of weights, of ROUNDS turns of the ring.
 
-    BEFORE of the layer's TURNS are those of another product, and SMALL_BEFORE of those of the slots below SMALL. Slots
-    are freed FREED at a time, no more than half of them.
+    BEFORE of the layer's TURNS are those of another product, and SMALL_BEFORE of those of the slots below SMALL.
     """
     A: gl.constexpr = SIZES.A
     B: gl.constexpr = SIZES.B
     STAGES: gl.constexpr = SIZES.STAGES
-    FREED: gl.constexpr = SIZES.FREED
     MMA_A: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, A, 16])
     MMA_B: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16])
     EACH: gl.constexpr = 2 if B > 0 else 1
@@ -241,19 +238,17 @@ def _multiply(
             acc_a = warpgroup_mma(x, a_tiles.index(slot + nothing).permute((1, 0)), acc_a, is_async=True)
             if B > 0:
                 acc_b = warpgroup_mma(x, b_tiles.index(slot + nothing).permute((1, 0)), acc_b, is_async=True)
-                acc_a, acc_b = warpgroup_mma_wait(EACH * (slot % FREED + 1), deps=(acc_a, acc_b))
+                acc_a, acc_b = warpgroup_mma_wait(EACH, deps=(acc_a, acc_b))
             else:
-                acc_a = warpgroup_mma_wait(EACH * (slot % FREED + 1), deps=(acc_a,))
-            if slot % FREED == 0:
-                # the slots before are free once every warp has read them
-                _barrier()
-                for i in gl.static_range(FREED):
-                    if slot > 0:
-                        mbarrier.arrive(freed.index(slot - FREED + i))
-                        mbarrier.arrive(x_freed.index(slot - FREED + i))
-                    else:
-                        mbarrier.arrive(freed.index(STAGES - FREED + i), pred=round > 0)
-                        mbarrier.arrive(x_freed.index(STAGES - FREED + i), pred=round > 0)
+                acc_a = warpgroup_mma_wait(EACH, deps=(acc_a,))
+            # the slot before is free once every warp has read it
+            _barrier()
+            if slot > 0:
+                mbarrier.arrive(freed.index(slot - 1))
+                mbarrier.arrive(x_freed.index(slot - 1))
+            else:
+                mbarrier.arrive(freed.index(STAGES - 1), pred=round > 0)
+                mbarrier.arrive(x_freed.index(STAGES - 1), pred=round > 0)
     if B > 0:
         acc_a, acc_b = warpgroup_mma_wait(0, deps=(acc_a, acc_b))
         sums[1].store(acc_b)
@@ -261,9 +256,8 @@ def _multiply(
         acc_a = warpgroup_mma_wait(0, deps=(acc_a,))
     sums[0].store(acc_a)
     _barrier()
-    for i in gl.static_range(FREED):
-        mbarrier.arrive(freed.index(STAGES - FREED + i))
-        mbarrier.arrive(x_freed.index(STAGES - FREED + i))
+    mbarrier.arrive(freed.index(STAGES - 1))
+    mbarrier.arrive(x_freed.index(STAGES - 1))
 
 
 @gluon.jit
