@@ -243,7 +243,7 @@ def median_seconds(case: Case, device: torch.device, repeats: int) -> float:
     run_all()
     if device.type == "cpu":
         return _median_of(repeats, lambda: _host_seconds(run_all)) / len(runs)
-    once = _captured(run_all) if case.in_graph else run_all
+    once = captured(run_all) if case.in_graph else run_all
     once()
     return _median_of(repeats, lambda: _device_seconds(once, device)) / len(runs)
 
@@ -269,7 +269,8 @@ def _device_seconds(run: Callable[[], object], device: torch.device) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """What replays a run, which has been made once before, as a CUDA graph."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):

@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.in_process import Subject, add_arguments, load_subject, numbers, print_line
+from benchmarks.ops import captured
 from mamba_core.cache import MambaCache
 from mamba_core.fused_step import fused_step
 from mamba_core.ops.triton.step_products import MAX_TILES
@@ -33,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def capture(subject: Subject, num_rows: int) -> torch.cuda.CUDAGraph:
+def capture(subject: Subject, num_rows: int) -> Callable[[], object]:
     """A step of rows whose states lag wherever steps of so many do."""
     cache = MambaCache.from_config(
         subject.config,
@@ -51,28 +52,24 @@ def capture(subject: Subject, num_rows: int) -> torch.cuda.CUDAGraph:
         fused_step(subject.model.backbone, tokens, slots, cache, counters, may_lag=True)
 
     step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
+    return captured(step)
 
 
-def time_replays(graph: torch.cuda.CUDAGraph, repeats: int) -> list[float]:
+def time_replays(replay: Callable[[], object], repeats: int) -> list[float]:
     """Microseconds each."""
     times = []
     for _ in range(WARM_UP + repeats):
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         torch.cuda.synchronize()
         times.append(1e3 * begin.elapsed_time(end))
     return times[WARM_UP:]
 
 
-def time_kernels(replay: Callable[[], None], repeats: int) -> dict[str, float]:
+def time_kernels(replay: Callable[[], object], repeats: int) -> dict[str, float]:
     """Microseconds of each kernel in a replay; those that overlap count in full."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(repeats):
@@ -83,8 +80,8 @@ def time_kernels(replay: Callable[[], None], repeats: int) -> dict[str, float]:
 
 
 def run_case(subject: Subject, num_rows: int, options: argparse.Namespace) -> dict[str, Any]:
-    graph, layers = capture(subject, num_rows), subject.config.num_hidden_layers
-    times = time_replays(graph, options.repeats)
+    replay, layers = capture(subject, num_rows), subject.config.num_hidden_layers
+    times = time_replays(replay, options.repeats)
     line = {
         "benchmark": "step",
         **subject.describe(),
@@ -93,7 +90,7 @@ def run_case(subject: Subject, num_rows: int, options: argparse.Namespace) -> di
         "ms": round(statistics.median(times) / 1e3, 4),
     }
     if options.kernels:
-        kernels = time_kernels(graph.replay, WARM_UP)
+        kernels = time_kernels(replay, WARM_UP)
         line["kernels_us_per_layer"] = {name[:60]: round(us / layers, 2) for name, us in kernels.items()}
     return line
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mamba_core.ops.lag import Lag
-from mamba_core.ops.triton import step_many, step_tiles
+from mamba_core.ops.triton import devices, step_many, step_tiles
 from mamba_core.ops.triton.step import Step, advance
 from mamba_core.ops.triton.step_many import fits, rows_of_program
 from tests.core.ops_cases import poison_memory
-from tests.core.test_persistent_step import error
+from tests.core.step_cases import error
 
 # of an H200
 MULTIPROCESSORS = 132
@@ -53,7 +53,7 @@ def test_others_are_left_to_the_kernel_for_all(
     capability: tuple[int, int],
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(step_many.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(devices.triton.knobs.runtime, "interpret", False)
     decay = SimpleNamespace(shape=(dim, states), device=torch.device("cuda", 0))
     assert fits(decay, torch.empty(0, dtype=dtype), inner_eps) is is_served  # type: ignore[arg-type]
 

@@ -168,7 +168,7 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Te
     """See ``mamba_core.ops.causal_conv1d_step``."""
     x = as_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    convolve_step(x, weight.contiguous(), bias, state, slots, y)
+    convolve_step(x, weight.contiguous(), bias, state, slots, y, {"PDL": False})
     return y
 
 
@@ -179,12 +179,11 @@ def convolve_step(
     state: Tensor,
     slots: Tensor,
     y: Tensor,
-    *,
-    pdl: bool = False,
+    options: dict[str, bool],
 ) -> None:
     """``causal_conv1d_step`` of rows with contiguous channels into y [B, D], which may be x.
 
-    pdl: to start while the kernel before, which makes x, still runs.
+    options: of the launch, and with PDL whether to start while the kernel before, which makes x, still runs.
     """
     dim, width = weight.shape
     conv_step_kernel[(triton.cdiv(x.shape[0], _STEP_B), triton.cdiv(dim, _STEP_D))](
@@ -205,7 +204,6 @@ def convolve_step(
         HAS_BIAS=bias is not None,
         BLOCK_B=_STEP_B,
         BLOCK_D=_STEP_D,
-        PDL=pdl,
         num_warps=_WARPS,
-        **({"launch_pdl": True} if pdl else {}),
+        **options,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba_core.ops.packing import Packing
+from mamba_core.ops.triton.devices import compiles_for_nvidia
 from mamba_core.ops.triton.layout import as_rows, check_state
 from mamba_core.ops.triton.scan_backward_kernels import scan_backward_kernel
 from mamba_core.ops.triton.scan_kernels import scan_carry_kernel, scan_kernel, scan_segment_kernel, scan_step_kernel
@@ -120,8 +121,7 @@ def _forward(inputs: tuple[Tensor, ...], state: Tensor, packing: Packing, checkp
 
 def has_tiles(x: Tensor, num_states: int) -> bool:
     """Whether ``scan_tile_kernel`` serves: it is written for warps of 32 lanes, and cannot be interpreted."""
-    on_nvidia = x.is_cuda and torch.version.hip is None and not triton.knobs.runtime.interpret
-    return on_nvidia and num_states <= _MOST_STATES_IN_TILES
+    return compiles_for_nvidia(x.device) and num_states <= _MOST_STATES_IN_TILES
 
 
 @dataclass(frozen=True, slots=True)

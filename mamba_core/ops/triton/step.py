@@ -119,7 +119,7 @@ def project_in(
         if bias is not None:
             y += bias
         x_half = y[:, :dim]
-        convolve_step(x_half, taps, conv_bias, conv_state, step.slots, x_half, pdl=has_pdl(y.device))
+        convolve_step(x_half, taps, conv_bias, conv_state, step.slots, x_half, launch_options(y.device))
         return y
     arguments = (
         x.values,
@@ -184,11 +184,11 @@ def project_low(step: Step, xz: Tensor, matrix: Matrix) -> Tensor:
     """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 of few rows; matrix [R + 2 N, D]."""
     rows, (width, dim) = step.num_rows, matrix.shape
     wide = step_wgmma.tile_low(matrix, rows) if step.is_many(dim) else None
-    if wide is not None or rows > SOME_ROWS:
+    if wide is not None:
+        return sum_shares(share_wide(xz[:, :dim], matrix, wide), xz.dtype)
+    if rows > SOME_ROWS:
         if matrix.scales is not None:
             return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
-        if wide is not None:
-            return sum_shares(share_wide(xz[:, :dim], matrix, wide), xz.dtype)
         return sum_shares(share_out(xz, matrix, tile_low(matrix, rows), step.counters), xz.dtype)
     if rows <= rows_one_by_one(matrix):
         return multiply_rows(xz, matrix, rows, x_row=2, block=1, warps=8 if dim >= 4096 else 4)

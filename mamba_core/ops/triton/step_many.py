@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from mamba_core.ops.lag import Lag
+from mamba_core.ops.triton.devices import compiles_for_nvidia
 from mamba_core.ops.triton.step_many_kernel import CHANNELS, STATES, advance_many_kernel
 
 # programs of one warp that a multiprocessor has the registers for, at so many a thread
@@ -23,8 +24,7 @@ def fits(A: Tensor, ssm_state: Tensor, inner_eps: float | None) -> bool:
 
 
 def _can_run(device: torch.device) -> bool:
-    on_nvidia = device.type == "cuda" and torch.version.hip is None and not triton.knobs.runtime.interpret
-    return on_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+    return compiles_for_nvidia(device) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def advance_many(

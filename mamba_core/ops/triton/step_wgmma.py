@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mamba_core.ops.triton.devices import compiles_for_nvidia
 from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_wgmma_kernel import (
     DEEP,
@@ -26,6 +27,9 @@ _TILES = TILES.value
 # for layers so wide the library is slower: up to the first up to MOST_ROWS, up to the second up to HALF_ROWS
 NARROW, WIDE = 1024, 2048
 MOST_ROWS, HALF_ROWS, FEW_ROWS = 256, 128, 64
+# of a thread, before those that fetch leave theirs to those that multiply: as few as do without spilling. The kernels
+# before and after then reside beside this one, which can fetch its first weights while they run
+REGISTERS = 96
 # of x_proj: programs, and shares
 _PROGRAMS = 120
 _LEAST_SHARES, _MOST_SHARES = 6, 20
@@ -103,8 +107,7 @@ def _usable(matrix: Matrix, tile: WideTile) -> WideTile | None:
 @cache
 def has_wgmma(device: torch.device) -> bool:
     """Whether kernels are compiled for Hopper, and not interpreted."""
-    on_nvidia = device.type == "cuda" and torch.version.hip is None and not triton.knobs.runtime.interpret
-    return on_nvidia and torch.cuda.get_device_capability(device)[0] == 9
+    return compiles_for_nvidia(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def layout_of(columns: int) -> gl.NVMMASharedLayout:
@@ -115,16 +118,6 @@ def layout_of(columns: int) -> gl.NVMMASharedLayout:
 def warps_of(tile: WideTile) -> int:
     """Warps that multiply."""
     return 4 if tile.rows == 64 else 8
-
-
-def registers_of(tile: WideTile) -> int:
-    """Of a thread, before those that fetch leave theirs to those that multiply.
-
-    As few as do without spilling: the kernels before and after then reside beside this one, which can fetch its first
-    weights while they run.
-    """
-    sums = tile.rows * tile.width // (32 * warps_of(tile))
-    return 96 if sums <= 80 else 128
 
 
 def project(x: Tensor, weight: Tensor, y: Tensor, tile: WideTile, *, pdl: bool) -> None:
@@ -139,7 +132,7 @@ def project(x: Tensor, weight: Tensor, y: Tensor, tile: WideTile, *, pdl: bool) 
         in_width // _DEEP,
         SIZES=Sizes(tile.rows, tile.outputs, tile.more, tile.stages, pdl),
         num_warps=warps_of(tile),
-        maxnreg=registers_of(tile),
+        maxnreg=REGISTERS,
         launch_pdl=pdl,
     )
 
@@ -160,7 +153,7 @@ def share_out(x: Tensor, weight: Tensor, shares: Tensor, tile: WideTile, *, pdl:
         SHARE=triton.cdiv(in_width // _DEEP, tile.shares),
         SIZES=Sizes(tile.rows, tile.outputs, tile.more, tile.stages, pdl),
         num_warps=warps_of(tile),
-        maxnreg=registers_of(tile),
+        maxnreg=REGISTERS,
         launch_pdl=pdl,
     )
 

@@ -1,7 +1,7 @@
 """Products of a decode step of many rows, on the matrix units of Hopper (sm_90).
 
 One warp fetches tiles into a ring of shared memory, by the unit that copies tensors; the others multiply what has come.
-A tile of rows is the first operand, 64 to 256 high; the outputs of a program are a power of two and a second, smaller
+A tile of rows is the first operand, 64 or 128 high; the outputs of a program are a power of two and a second, smaller
 one, so that 128 of 132 multiprocessors have equal work where the number of outputs is not a power of two.
 """
 
