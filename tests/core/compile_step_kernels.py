@@ -90,6 +90,7 @@ def compile_all() -> Iterator[dict[str, Any]]:
             "cubin_bytes": len(compiled.asm["cubin"]),
             "waits": assembly.count("griddepcontrol.wait"),
             "launches": assembly.count("griddepcontrol.launch_dependents"),
+            "waits_first": assembly.find("griddepcontrol.wait") < assembly.find("griddepcontrol.launch_dependents"),
             "has_matrix_instructions": "mma" in assembly,
             "local_accesses": len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"])),
             "copies": len(re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", assembly)),

@@ -31,6 +31,11 @@ def test_every_kernel_waits_once_for_its_predecessor(compiled: list[dict[str, An
     assert {(record["waits"], record["launches"]) for record in compiled} == {(1, 1)}
 
 
+def test_one_kernel_of_a_layer_waits_before_it_lets_the_next_start(compiled: list[dict[str, Any]]) -> None:
+    # what others read before they wait was then written before they were launched
+    assert {record["kernel"] for record in compiled if record["waits_first"]} == {"delta_kernel"}
+
+
 def test_products_of_several_rows_use_the_matrix_units(compiled: list[dict[str, Any]]) -> None:
     products = {record["kernel"]: record["has_matrix_instructions"] for record in compiled}
     assert [name for name, has in products.items() if has] == [

@@ -15,7 +15,6 @@ from mamba_core.ops.lag import Lag
 from mamba_core.ops.triton import step_wgmma
 from mamba_core.ops.triton.conv import convolve_step
 from mamba_core.ops.triton.layout import is_tap_major
-from mamba_core.ops.triton.norm import rms_norm_residual
 from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_kernels import embed_kernel, finish_kernel
 from mamba_core.ops.triton.step_many import advance_many, fits
@@ -181,13 +180,13 @@ def project_in(
 
 
 def project_low(step: Step, xz: Tensor, matrix: Matrix) -> Tensor:
-    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 of few rows; matrix [R + 2 N, D]."""
+    """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 but of many rows; matrix [R + 2 N, D]."""
     rows, (width, dim) = step.num_rows, matrix.shape
     wide = step_wgmma.tile_low(matrix, rows) if step.is_many(dim) else None
     if wide is not None:
         return sum_shares(share_wide(xz[:, :dim], matrix, wide), xz.dtype)
-    if rows > SOME_ROWS:
-        if matrix.scales is not None:
+    if step.is_many(dim):
+        if matrix.scales is not None and rows > SOME_ROWS:
             return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
         return sum_shares(share_out(xz, matrix, tile_low(matrix, rows), step.counters), xz.dtype)
     if rows <= rows_one_by_one(matrix):
@@ -237,7 +236,7 @@ def advance(
             BLOCK_R=tile.inputs,
             BLOCK_B=tile.rows,
             BLOCK_D=tile.outputs,
-            num_warps=8 if tile.rows * tile.outputs > 64 * 128 else 4,
+            num_warps=4,
             **shape,
         )
     if is_many and fits(A, ssm_state, inner_eps):
@@ -286,10 +285,7 @@ def project_out(
         return _gather(step, share_wide(y, matrix, wide), bias, gain, residual, values), residual
     if rows > rows_of_own(matrix, width):
         product = torch.mm(y, matrix.transposed(y.dtype), out=values)
-        if bias is not None:
-            product += bias
-        values, residual = rms_norm_residual(product, residual, gain, step.eps)
-        return Gained(values, residual, 0), residual
+        return _gather(step, product[None], bias, gain, residual, values), residual
     if rows > FEW_ROWS:
         shares = share_out(y, matrix, tile_out(matrix, rows), step.counters)
         return _gather(step, shares, bias, gain, residual, values), residual
@@ -367,7 +363,7 @@ def _project_out_rows(
 
 
 def _gather(step: Step, shares: Tensor, bias: Tensor | None, gain: Tensor, residual: Tensor, values: Tensor) -> Gained:
-    """The norm of residual + the sum of shares [shares, B, H]."""
+    """The norm of residual + the sum of shares [shares, B, H], which may be where the values come to be."""
     _, rows, width = shares.shape
     gather_kernel[(rows,)](
         shares,
@@ -381,7 +377,7 @@ def _gather(step: Step, shares: Tensor, bias: Tensor | None, gain: Tensor, resid
         SHARES=shares.shape[0],
         HAS_BIAS=bias is not None,
         BLOCK_H=triton.next_power_of_2(width),
-        num_warps=16 if width == 2048 else 8,
+        num_warps=4,
         **launch_options(shares.device),
     )
     return Gained(values, residual, 0)

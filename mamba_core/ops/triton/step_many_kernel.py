@@ -173,6 +173,8 @@ def advance_many_kernel(
 
     With LAGS, of some rows the token is kept and their states are not written, see ``step_lag_kernels``.
     """
+    if PDL:
+        gdc_launch_dependents()
     inputs = Inputs(xz_ptr, low_ptr, delta_ptr)
     home = Home(state_ptr, slots_ptr, phases_ptr, kept_ptr, kept_b_ptr, state_stride.to(gl.int64))
     d0 = gl.program_id(0) * CHANNELS
@@ -216,5 +218,3 @@ def advance_many_kernel(
         else:
             gl.store(_states_at(home, row.slot, d0), h)
         row = following
-    if PDL:
-        gdc_launch_dependents()

@@ -333,8 +333,9 @@ def gather_kernel(
     v = tl.zeros([BLOCK_H], dtype=tl.float32)
     if HAS_BIAS:
         v += tl.load(bias_ptr + h, mask=mask, other=0.0).to(tl.float32)
-    await_inputs(PDL)
+    # of the layer before, not of the kernel before
     v += tl.load(residual_ptr + row * width + h, mask=mask, other=0.0)
+    await_inputs(PDL)
     for share in tl.static_range(SHARES):
         v += tl.load(x_ptr + (share * num_rows + row) * width + h, mask=mask, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(v * v, axis=0) / width + eps)

@@ -35,8 +35,7 @@ def delta_kernel(
 ):
     """delta [B, D] of the first R columns of low [B, WIDTH], normed if NORM: softplus(dt_proj + bias).
 
-    With RAW, for many rows, without bias and softplus. Then the next kernel starts last: it has more programs than
-    there is room for, and those that wait take it from others.
+    With RAW, for many rows, without bias and softplus.
     """
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -47,12 +46,13 @@ def delta_kernel(
     for begin in tl.static_range(0, R, BLOCK_R):
         mask = mask_d[:, None] & (begin + r < R)[None, :]
         weights += (tl.load(w_ptr + d[:, None] * R + begin + r[None, :], mask=mask, other=0.0),)
-    if RAW:
-        if PDL:
-            gdc_wait()
-    else:
+    if not RAW:
         bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
-        await_inputs(PDL)
+    if PDL:
+        # in this order: only one kernel of a layer must do so, and then what the others read before they wait, states
+        # and residuals, has been left by those that wrote it, however many kernels are at work at once
+        gdc_wait()
+        gdc_launch_dependents()
     inputs = ()
     for begin in tl.static_range(0, R, BLOCK_R):
         mask = mask_b[:, None] & (begin + r < R)[None, :]
@@ -70,8 +70,6 @@ def delta_kernel(
         delta = softplus(delta + bias[None, :])
     at = b.to(tl.int64)[:, None] * dim + d[None, :]
     tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=mask_b[:, None] & mask_d[None, :])
-    if RAW and PDL:
-        gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["eps"])

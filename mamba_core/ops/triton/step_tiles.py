@@ -85,7 +85,7 @@ def tile_delta(rank: int, *, is_many: bool) -> Tile:
     whole = max(16, triton.next_power_of_2(rank))
     if not is_many:
         return Tile(16, 64, whole, whole, 1)
-    return Tile(128, 128, whole, min(whole, 64), 1)
+    return Tile(64, 64, whole, min(whole, 64), 1)
 
 
 def tile_out(matrix: Matrix, rows: int) -> Tile:

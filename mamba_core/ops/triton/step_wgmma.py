@@ -24,8 +24,8 @@ from mamba_core.ops.triton.step_wgmma_kernel import (
 _DEEP = DEEP.value
 _TILES = TILES.value
 
-# for layers so wide the library is slower: up to the first up to MOST_ROWS, up to the second up to HALF_ROWS
-NARROW, WIDE = 1024, 2048
+# widths of layers up to which tiles differ, and up to which the library is slower: LESS_WIDE for out_proj
+NARROW, LESS_WIDE, WIDE = 1024, 2048, 2560
 MOST_ROWS, HALF_ROWS, FEW_ROWS = 256, 128, 64
 # of a thread, before those that fetch leave theirs to those that multiply: as few as do without spilling. The kernels
 # before and after then reside beside this one, which can fetch its first weights while they run
@@ -60,10 +60,16 @@ def tile_in(matrix: Matrix, rows: int) -> WideTile | None:
     """How in_proj is cut up for so many rows, where that is faster than what else there is (on an H200)."""
     width = matrix.shape[1]
     if rows <= FEW_ROWS:
-        return _usable(matrix, WideTile(64, 64, 16, 12)) or _usable(matrix, WideTile(64, 64, 0, 12))
-    if rows <= HALF_ROWS and width <= WIDE:
-        return _usable(matrix, WideTile(64 if width <= NARROW else 128, 64, 0, 8))
-    return _usable(matrix, WideTile(128, 64, 0, 8)) if rows <= MOST_ROWS and width <= NARROW else None
+        return _first_usable(matrix, WideTile(64, 64, 16, 12), WideTile(64, 64, 0, 12))
+    if rows > MOST_ROWS or width > WIDE:
+        return None
+    if rows <= HALF_ROWS:
+        if width <= NARROW:
+            return _first_usable(matrix, WideTile(64, 64, 0, 8))
+        return _first_usable(matrix, WideTile(128, 64, 16, 8), WideTile(128, 64, 0, 8))
+    if width <= NARROW:
+        return _first_usable(matrix, WideTile(128, 64, 0, 8))
+    return _first_usable(matrix, WideTile(128, 128, 32, 6), WideTile(128, 64, 32, 8), WideTile(128, 128, 0, 6))
 
 
 def tile_out(matrix: Matrix, rows: int) -> WideTile | None:
@@ -71,12 +77,19 @@ def tile_out(matrix: Matrix, rows: int) -> WideTile | None:
     width = matrix.shape[0]
     if rows <= FEW_ROWS:
         if width <= NARROW:
-            return _usable(matrix, WideTile(64, 32, 0, 12, shares=2))
-        whole = _usable(matrix, WideTile(64, 64, 16, 12, shares=4))
-        return whole or _usable(matrix, WideTile(64, 64, 0, 12, shares=4))
+            return _first_usable(matrix, WideTile(64, 32, 0, 12, shares=2))
+        return _first_usable(matrix, WideTile(64, 64, 16, 8, shares=4), WideTile(64, 64, 0, 8, shares=4))
     if rows <= HALF_ROWS and width <= WIDE:
-        return _usable(matrix, WideTile(64 if width <= NARROW else 128, 64, 0, 8, shares=4))
-    return _usable(matrix, WideTile(64, 64, 0, 8, shares=2)) if rows <= MOST_ROWS and width <= NARROW else None
+        if width <= NARROW:
+            return _first_usable(matrix, WideTile(64, 64, 0, 8, shares=4))
+        return _first_usable(matrix, WideTile(128, 64, 16, 8, shares=4), WideTile(128, 64, 0, 8, shares=4))
+    if rows > MOST_ROWS or width > LESS_WIDE:
+        return None
+    if width <= NARROW:
+        return _first_usable(matrix, WideTile(64, 64, 0, 8, shares=2))
+    return _first_usable(
+        matrix, WideTile(128, 128, 0, 6, shares=4) if width > 1536 else WideTile(128, 64, 0, 8, shares=2)
+    )
 
 
 def tile_low(matrix: Matrix, rows: int) -> WideTile | None:
@@ -95,6 +108,10 @@ def tile_low(matrix: Matrix, rows: int) -> WideTile | None:
     outputs = next((size for size in sizes if num_shares(size) >= _LEAST_SHARES), sizes[-1])
     tiles = triton.cdiv(dim // _DEEP, min(max(num_shares(outputs), 1), _MOST_SHARES))
     return _usable(matrix, WideTile(64, outputs, 0, min(tiles, 12), shares=triton.cdiv(dim // _DEEP, tiles)))
+
+
+def _first_usable(matrix: Matrix, *tiles: WideTile) -> WideTile | None:
+    return next((tile for tile in tiles if _usable(matrix, tile) is not None), None)
 
 
 def _usable(matrix: Matrix, tile: WideTile) -> WideTile | None:

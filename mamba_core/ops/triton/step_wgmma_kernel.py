@@ -43,6 +43,9 @@ class Sizes(NamedTuple):
 # inputs of a tile: 128 bytes of a row, as the matrix units read them
 DEEP = gl.constexpr(64)
 TILES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+# slots of a ring whose weights are asked for before the kernel before has ended: with all of them, what that one still
+# reads would wait behind them
+EARLY = gl.constexpr(8)
 # of a thread of the warps that fetch; the others share what is left
 FETCH_REGISTERS = gl.constexpr(40)
 
@@ -62,15 +65,18 @@ def _fetch_weights(ring, w_descs, slot, column, first_output, pred, SIZES: gl.co
 def _fetch(ring, x_desc, w_descs, first_row, first_output, begin, steps, SIZES: gl.constexpr):
     """What the warp does that fetches: ``steps`` tiles from tile ``begin`` of the inputs on.
 
-    Weights fill the ring before the kernel before has ended.
+    The first weights are on their way before the kernel before has ended.
     """
     x_tiles, _, _, filled, freed = ring
     STAGES: gl.constexpr = SIZES.STAGES
-    for i in gl.static_range(STAGES):
+    AHEAD: gl.constexpr = STAGES if STAGES < EARLY else EARLY
+    for i in gl.static_range(AHEAD):
         _fetch_weights(ring, w_descs, i, (begin + i) * DEEP, first_output, i < steps, SIZES)
     if SIZES.PDL:
         gdc_wait()
     for i in gl.static_range(STAGES):
+        if i >= AHEAD:
+            _fetch_weights(ring, w_descs, i, (begin + i) * DEEP, first_output, i < steps, SIZES)
         _copy(x_desc, [first_row, (begin + i) * DEEP], filled.index(i), x_tiles.index(i), pred=i < steps)
     for step in range(STAGES, steps):
         slot = step % STAGES
