@@ -7,13 +7,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mamba_core import few_rows_step, single_step, wide_step
+from mamba_core import few_rows_step, single_step
 from mamba_core.cache import MambaCache
-from mamba_core.lagging import lags
 from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import step as ops
 from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_lag import turn
+from mamba_core.ops.triton.step_tiles import some_rows
 
 # the width of the tiles in which the convolution follows its product
 _CHANNEL_MULTIPLE = 64
@@ -43,9 +43,10 @@ def fused_step(
     counters: [MAX_TILES] int32 zeros, which are zero again afterwards; no two steps may use them at once. may_lag: see
     ``Packing``.
     """
-    lag = cache.lag if may_lag and lags(cache, len(tokens)) else None
-    if lag is None and (hidden := _single_launch(model, tokens, slots, cache, counters)) is not None:
+    is_many = len(tokens) > some_rows(model.config.intermediate_size, tokens.device)
+    if not is_many and (hidden := _single_launch(model, tokens, slots, cache, counters)) is not None:
         return hidden
+    lag = cache.lag if may_lag and is_many else None
     layers = cast(list[MambaBlock], model.layers)
     # made, where they have to be made, before the first kernel: the others read them while their predecessor still runs
     decays = [layer.mixer.A() for layer in layers]
@@ -80,11 +81,9 @@ def fused_step(
 def _single_launch(
     model: MambaModel, tokens: Tensor, slots: Tensor, cache: MambaCache, counters: Tensor
 ) -> Tensor | None:
-    """``fused_step`` by one launch for all layers, where there is one that is faster."""
+    """``fused_step`` of not many rows by one launch for all layers, where there is one that is faster."""
     if len(tokens) == 1 and single_step.is_applicable(model):
         return single_step.single_step(model, tokens, slots, cache, counters)
-    if wide_step.is_applicable(model, len(tokens)):
-        return wide_step.wide_step(model, tokens, slots, cache, counters)
     if few_rows_step.is_applicable(model, len(tokens)):
         return few_rows_step.few_rows_step(model, tokens, slots, cache, counters)
     return None

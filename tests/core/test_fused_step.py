@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mamba_core import MambaCache, MambaForCausalLM, lagging
+from mamba_core import fused_step as fused
 from mamba_core.fused_step import fused_step
 from mamba_core.lagging import Settler
 from mamba_core.ops import Packing
@@ -15,7 +16,7 @@ from mamba_core.ops.lag import BEHIND, WRITTEN
 from mamba_core.ops.triton import step, step_wgmma
 from mamba_core.ops.triton.quantized import Matrix, dequantize
 from mamba_core.ops.triton.step_products import MAX_TILES, project_head
-from mamba_core.ops.triton.step_tiles import FEW_ROWS, SOME_ROWS, SOME_ROWS_OF_WIDE
+from mamba_core.ops.triton.step_tiles import FEW_ROWS, SOME_ROWS, SOME_ROWS_OF_HOPPER
 from mamba_core.quantization import Int8Linear, quantize_int8
 from tests.core.ops_cases import by_taps, poison_memory
 from tests.core.step_cases import clone, error, in_dtype, widened
@@ -191,9 +192,9 @@ def test_dequantizing_is_right_to_the_rounding(monkeypatch: pytest.MonkeyPatch, 
     [
         ("mamba", ODD | {"hidden_size": 32}, False, SOME_ROWS),
         ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}, False, SOME_ROWS),
-        ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}, False, SOME_ROWS_OF_WIDE),
+        ("falcon_mamba", {"state_size": 16, "time_step_rank": 20}, False, SOME_ROWS_OF_HOPPER),
         ("mamba", BIASED, True, SOME_ROWS),
-        ("mamba", BIASED, True, SOME_ROWS_OF_WIDE),
+        ("mamba", BIASED, True, SOME_ROWS_OF_HOPPER),
     ],
     ids=["odd", "falcon", "falcon, fewer", "int8", "int8, fewer"],
 )
@@ -206,7 +207,7 @@ def test_steps_that_leave_states_behind_have_the_same_bits(
     is_int8: bool,
     some_rows: int,
 ) -> None:
-    for module in (step, lagging):
+    for module in (step, lagging, fused):
         monkeypatch.setattr(module, "some_rows", lambda *_: some_rows)
     with torch.inference_mode(False):
         model = in_dtype(tiny_model(family, **changes), DTYPE).to(DEVICE)
@@ -308,7 +309,13 @@ def test_a_step_whose_products_the_units_of_hopper_make(
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("hidden_size", "num_rows"),
-    [(2560, 33), (2560, 64), (2560, 100), (2560, 256), (2048, 97), (2048, 129), (1024, 250), (768, 66), (768, 131)],
+    [
+        *((2560, rows) for rows in (17, 33, 64, 100, 256)),
+        *((2048, rows) for rows in (64, 97, 129)),
+        *((1536, rows) for rows in (20, 65, 200)),
+        *((1024, rows) for rows in (17, 250)),
+        *((768, rows) for rows in (33, 66, 131)),
+    ],
 )
 @torch.inference_mode()
 def test_steps_of_published_widths_on_the_units_of_hopper(

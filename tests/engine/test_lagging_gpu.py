@@ -23,14 +23,14 @@ from app.engine.share import PrefillShare
 from mamba_core import MambaCache, MambaConfig, MambaForCausalLM
 from mamba_core.lagging import Settler
 from mamba_core.ops.lag import BEHIND
-from mamba_core.ops.triton.step_tiles import SOME_ROWS
+from mamba_core.ops.triton.step_tiles import SOME_ROWS_OF_NARROW as SOME_ROWS
 from tests.engine.fakes import VOCAB_SIZE, Transcript, make_request
 from tests.engine.spelling import END, make_compiler, regex
 
 pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
-NUM_SLOTS = 80
+NUM_SLOTS = 48
 # a letter to choose, and after it seven that are certain
 FORCED = regex("((a|b)cdiopxy){1,9}")
 
@@ -195,7 +195,7 @@ def check(expected: Play, played: Play, settled: list[int]) -> None:
     assert played.num_crossings >= 4
     assert any(missing for _, _, _, missing, _ in played.plans)
     # at the crossings many at once, and not at every step
-    assert max(settled) > 20
+    assert max(settled) > 12
     assert len(settled) < len(played.plans) / 3
 
 

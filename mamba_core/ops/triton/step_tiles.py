@@ -19,9 +19,9 @@ VERY_FEW_ROWS = 2
 FEW_ROWS = 32
 # rows up to which our own products stream the weights faster than the library's do
 SOME_ROWS = 64
-# the same for layers whose states are so many channels wide, on Hopper
-SOME_ROWS_OF_WIDE = 32
-_WIDE_STATES = 5120
+# the same on Hopper, and of layers there whose states are less wide
+SOME_ROWS_OF_HOPPER, SOME_ROWS_OF_NARROW = 16, 32
+_NARROW_STATES = 2048
 # the same for the two large products of layers up to so wide
 NARROW_ROWS = 128
 NARROW = 768
@@ -40,7 +40,9 @@ class Tile:
 
 def some_rows(dim: int, device: torch.device) -> int:
     """Rows of D channels up to which a step goes about them as about few, by a single launch where there is one."""
-    return SOME_ROWS_OF_WIDE if dim >= _WIDE_STATES and has_wgmma(device) else SOME_ROWS
+    if not has_wgmma(device):
+        return SOME_ROWS
+    return SOME_ROWS_OF_NARROW if dim < _NARROW_STATES else SOME_ROWS_OF_HOPPER
 
 
 def rows_one_by_one(matrix: Matrix) -> int:
