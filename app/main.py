@@ -40,6 +40,9 @@ _LAST_WORDS_SECONDS = 1.0
 _STOP_SECONDS = 0.5
 _BACKLOG = 2048
 _OTHER_FILES = 256
+# uvloop takes one connection from each listener in a turn of the event loop, and while many requests begin, turns are
+# long; each that finds nothing to take costs a connection that comes alone some 4 us
+_NUM_LISTENERS = 16
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,11 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise StartError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
     return listener
+
+
+def several(listener: socket.socket) -> list[socket.socket]:
+    """The same listener several times, so that connections that come together need not wait for each other's turns."""
+    return [listener, *(listener.dup() for _ in range(_NUM_LISTENERS - 1))]
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:
@@ -195,7 +203,7 @@ class Server:
             return EXIT_OK
         tokenizer, template = await asyncio.to_thread(_load_texts, self._settings, self._engine.model_dir)
         self._listen()
-        http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+        http = asyncio.create_task(self._http.serve(sockets=several(self._listener)))
         try:
             return await self._work(tokenizer, template)
         finally:

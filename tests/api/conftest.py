@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from app.api import ServerContext, create_app
-from app.main import QuietServer, uvicorn_config
+from app.main import QuietServer, several, uvicorn_config
 from app.metrics import ServerMetrics
 from app.serving.chat_template import ChatTemplate, find_template
 from app.serving.preparing import Target
@@ -134,7 +134,7 @@ async def listening(context: ServerContext, http: Any = None) -> AsyncIterator[i
     config = uvicorn_config(context.settings, context)
     config.http = http or config.http
     server = QuietServer(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
+    task = asyncio.create_task(server.serve(sockets=several(listener)))
     try:
         yield listener.getsockname()[1]
     finally:
