@@ -62,6 +62,7 @@ def create_app(context: ServerContext) -> FastAPI:
         app.include_router(docs.router)
     short = [route for router in SHORT_ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     app.shortcuts = {prefix + route.path: route for route in short for prefix in ("", context.settings.root_path)}
+    app.gate = context.gate
     describe(app)
     return app
 

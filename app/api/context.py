@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from app.api.admission import Admission, ByteBudget
+from app.api.gate import Gate
 from app.api.keys import KeyRing
 from app.api.open_requests import OpenRequests
 from app.engine.interface import EngineClient, EngineStatus
@@ -42,6 +43,7 @@ class ServerContext:
     tokens: TokenService | None = None
     phase: Phase = Phase.LOADING
     open_requests: OpenRequests = field(default_factory=OpenRequests)
+    gate: Gate = field(default_factory=Gate)
     admission: Admission = field(init=False)
     token_work: ByteBudget = field(init=False)
     catalog: ModelCatalog = field(init=False)
@@ -89,6 +91,7 @@ class ServerContext:
             self.metrics,
             template=template,
             allows_template_kwargs=self.settings.enable_chat_template_kwargs,
+            is_crowded=lambda: self.gate.is_crowded,
         )
         self.tokens = TokenService(
             tokenizer,

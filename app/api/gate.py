@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-# some three milliseconds of work, after which what the engine has sent meanwhile is read and written
-_REQUESTS_PER_TURN = 16
+# a millisecond or two of work, after which what the engine has sent meanwhile is read and written: that takes a first
+# token a few turns
+_REQUESTS_PER_TURN = 8
 
 
 class Gate:
@@ -17,6 +18,11 @@ class Gate:
         self._num_left = num_per_turn
         self._is_counting = False
         self._waiting: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether anybody waits; then each turn of the event loop is followed by another at once."""
+        return bool(self._waiting)
 
     async def enter(self) -> None:
         """Return at once, or in one of the next turns if many have come before."""

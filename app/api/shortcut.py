@@ -20,10 +20,11 @@ class ShortcutApp(FastAPI):
     """
 
     shortcuts: Mapping[str, APIRoute]
+    gate: Gate
 
     def build_middleware_stack(self) -> ASGIApp:
         """Called once by Starlette, before the first request."""
-        answer: ASGIApp = _Endpoint(self.shortcuts)
+        answer: ASGIApp = _Endpoint(self.shortcuts, self.gate)
         for layer in reversed(self.user_middleware):
             answer = layer.cls(answer, *layer.args, **layer.kwargs)
         return _Switch(super().build_middleware_stack(), answer, self.shortcuts)
@@ -41,9 +42,9 @@ class _Switch:
 
 
 class _Endpoint:
-    def __init__(self, routes: Mapping[str, APIRoute]) -> None:
+    def __init__(self, routes: Mapping[str, APIRoute], gate: Gate) -> None:
         self._routes = routes
-        self._gate = Gate()
+        self._gate = gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = scope["route"] = self._routes[scope["path"]]

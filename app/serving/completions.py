@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from app import __version__
@@ -34,7 +34,7 @@ class CompletionService:
 
     engine: what generates. model_names: the names that requests may use, the first for requests that use none.
     observer: told of gaps between tokens, for metrics. template: of chats, None for a model that has none.
-    allows_template_kwargs: clients may set variables of the template.
+    allows_template_kwargs: clients may set variables of the template. is_crowded: whether requests wait to be begun.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class CompletionService:
         *,
         template: ChatTemplate | None = None,
         allows_template_kwargs: bool = False,
+        is_crowded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -54,7 +55,7 @@ class CompletionService:
         preparation = Preparation(limits or ServingLimits(), tokenizer)
         self._translator = Translator(tokenizer, preparation)
         self.chat = ChatTranslator(tokenizer, preparation, template, allows_kwargs=allows_template_kwargs)
-        self._turns = Turns(observer)
+        self._turns = Turns(observer, is_crowded)
 
     def job(self, body: CompletionRequest) -> Job:
         """A request of ``/v1/completions``."""

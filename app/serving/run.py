@@ -96,6 +96,11 @@ class CompletionRun:
         """Done once it is over and everything was written."""
         return self._done
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether tokens of it have been taken in."""
+        return self._last_batch_at is not None
+
     def check(self) -> None:
         """Raises what made the run fail."""
         if self._failure is not None:

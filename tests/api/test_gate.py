@@ -76,3 +76,13 @@ async def test_who_gives_up_takes_nobody_s_place() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     assert [task.cancelled() for task in tasks] == [False] * 2 + [True] * 6 + [False] * 2
     assert len(await enter_all(gate, 5)) == 5
+
+
+async def test_it_is_crowded_while_anybody_waits() -> None:
+    gate = Gate(2)
+    assert not gate.is_crowded
+    tasks = [asyncio.create_task(gate.enter()) for _ in range(5)]
+    await asyncio.sleep(0)
+    assert gate.is_crowded
+    await asyncio.gather(*tasks)
+    assert not gate.is_crowded
