@@ -42,6 +42,11 @@ class Connection:
         """Whether writing is to be put off now."""
         return bool(self._cycle.flow.write_paused)
 
+    @property
+    def has_body(self) -> bool:
+        """Whether all of the request is here."""
+        return not self._cycle.more_body
+
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Have ``on_lost`` called once the client has gone, at once if it has. To be called when the body is read."""
         self._owner.attended = self
