@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -20,17 +21,17 @@ from mamba_core.cache import MambaCache
 from mamba_core.fused_step import fused_step
 from mamba_core.ops.triton.step_products import MAX_TILES
 
-WARM_UP = 3
-# of the kernels told with --kernels, the longest
-MOST_KERNELS = 10
+# replays timed at once, and replays that are profiled, the first of which are slow
+IN_A_ROW = 4
+REPLAYS = 3
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--batch", type=numbers(int), default=[1, 8, 64, 256], help="rows of a step")
-    parser.add_argument("--repeats", type=int, default=30, help="replays to time")
-    parser.add_argument("--kernels", action="store_true", help="how long each kernel takes, told by the profiler")
+    parser.add_argument("--repeats", type=int, default=10, help=f"how often to time {IN_A_ROW} replays")
+    parser.add_argument("--kernels", action="store_true", help="what each kernel adds, told by the profiler")
     return parser.parse_args(arguments)
 
 
@@ -56,27 +57,61 @@ def capture(subject: Subject, num_rows: int) -> Callable[[], object]:
 
 
 def time_replays(replay: Callable[[], object], repeats: int) -> list[float]:
-    """Microseconds each."""
+    """Microseconds each, one behind the other: launching a graph takes longer than small models' steps."""
     times = []
-    for _ in range(WARM_UP + repeats):
+    for _ in range(repeats):
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
         replay()
+        begin.record()
+        for _ in range(IN_A_ROW):
+            replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(1e3 * begin.elapsed_time(end))
-    return times[WARM_UP:]
+        times.append(1e3 * begin.elapsed_time(end) / IN_A_ROW)
+    return times
 
 
-def time_kernels(replay: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Microseconds of each kernel in a replay; those that overlap count in full."""
+class Kernel(NamedTuple):
+    """When a kernel ran, in microseconds."""
+
+    begin: float
+    end: float
+    name: str
+
+
+def profiled_kernels(replay: Callable[[], object], replays: int) -> list[Kernel]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(repeats):
+        for _ in range(replays):
             replay()
         torch.cuda.synchronize()
-    total = {event.key: event.device_time_total / repeats for event in profiled.key_averages()}
-    return dict(sorted(total.items(), key=lambda item: -item[1])[:MOST_KERNELS])
+    return [
+        Kernel(event.time_range.start, event.time_range.end, event.name)
+        for event in profiled.events()
+        if event.device_type.name == "CUDA"
+    ]
+
+
+def delays(kernels: Sequence[Kernel], replays: int, layers: int) -> list[tuple[str, float]]:
+    """By how much each kernel of a layer ends after the one before it, which is what a step waits for.
+
+    How long a kernel runs tells little where it starts before the one before has ended. kernels: of so many replays
+    of a step that has one of its own at either end, or none for each layer; the last replay is told of, in means over
+    layers.
+    """
+    in_order = sorted(kernels, key=lambda kernel: kernel.end)
+    steps, rest = divmod(len(in_order), replays)
+    if rest:
+        raise ValueError(f"{len(in_order)} kernels are not those of {replays} replays")
+    last = in_order[-steps - 1 :]
+    later = [(after.name, after.end - before.end) for before, after in pairwise(last)]
+    per_layer = (steps - 1) // layers
+    if per_layer == 0:
+        return later
+    return [
+        (later[1 + i][0], statistics.mean(us for _, us in later[1 + i : 1 + per_layer * layers : per_layer]))
+        for i in range(per_layer)
+    ]
 
 
 def run_case(subject: Subject, num_rows: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -90,8 +125,10 @@ def run_case(subject: Subject, num_rows: int, options: argparse.Namespace) -> di
         "ms": round(statistics.median(times) / 1e3, 4),
     }
     if options.kernels:
-        kernels = time_kernels(replay, WARM_UP)
-        line["kernels_us_per_layer"] = {name[:60]: round(us / layers, 2) for name, us in kernels.items()}
+        kernels = profiled_kernels(replay, REPLAYS)
+        line["us_later_than_the_one_before"] = [
+            (name[:40], round(us, 2)) for name, us in delays(kernels, REPLAYS, layers)
+        ]
     return line
 
 
