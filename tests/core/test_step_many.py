@@ -12,6 +12,7 @@ from mamba_core.ops.lag import Lag
 from mamba_core.ops.triton import devices, step_many, step_tiles
 from mamba_core.ops.triton.step import Step, advance
 from mamba_core.ops.triton.step_many import fits, rows_of_program
+from mamba_core.ops.triton.step_products import has_pdl
 from tests.core.ops_cases import poison_memory
 from tests.core.step_cases import error
 
@@ -63,6 +64,16 @@ def test_from_fewer_rows_on_where_the_units_are_hoppers(monkeypatch: pytest.Monk
     for has_wgmma, dim, expected in ((True, 5120, 16), (True, 2048, 16), (True, 1536, 32), (False, 5120, 64)):
         monkeypatch.setattr(step_tiles, "has_wgmma", lambda _, has=has_wgmma: has)
         assert step_tiles.some_rows(dim, device) == expected
+
+
+@pytest.mark.parametrize(("index", "hip", "expected"), [(8, None, True), (9, "6.4", False)])
+def test_kernels_start_before_others_end_on_nvidias_gpus_alone(
+    monkeypatch: pytest.MonkeyPatch, index: int, hip: str | None, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(devices.triton.knobs.runtime, "interpret", False)
+    assert has_pdl(torch.device("cuda", index)) is expected
 
 
 def test_nothing_is_served_without_a_gpu() -> None:

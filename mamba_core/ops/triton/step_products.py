@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from mamba_core.ops.triton import step_wgmma
+from mamba_core.ops.triton.devices import compiles_for_nvidia
 from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_matvec_kernels import matvec_in_kernel
 from mamba_core.ops.triton.step_product_kernels import product_shared_kernel, sum_kernel
@@ -21,7 +22,7 @@ MAX_TILES = 8192
 @cache
 def has_pdl(device: torch.device) -> bool:
     """Whether kernels can start while the one before them still runs."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return compiles_for_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:
