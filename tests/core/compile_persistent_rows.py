@@ -31,7 +31,7 @@ SIZES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
         ODD,
     ),
     (8, 768, 48, 16, 4, {}),
-    (64, 768, 48, 16, 4, {}),
+    (32, 768, 48, 16, 4, {}),
 ]
 TYPES = {
     **dict.fromkeys(("table_ptr", "tokens_ptr", "slots_ptr"), "*i64"),
@@ -50,6 +50,7 @@ def compile_all() -> Iterator[dict[str, Any]]:
         assembly = compiled.asm["ptx"]
         # of a thread: pieces of 16 bytes that its warp multiplies at once, of each tile of 16 rows
         yield {
+            "space": sizes.BLOCK_B,
             "rows": rows,
             "width": width,
             **persistent_facts(compiled),

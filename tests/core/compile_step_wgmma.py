@@ -15,13 +15,12 @@ from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_wgmma import (
     REGISTERS,
     WideTile,
-    layout_of,
     tile_in,
     tile_low,
     tile_out,
     warps_of,
 )
-from mamba_core.ops.triton.step_wgmma_kernel import TILES, Sizes, wgmma_kernel, wgmma_shared_kernel
+from mamba_core.ops.triton.step_wgmma_kernel import TILES, Sizes, layout_of, wgmma_kernel, wgmma_shared_kernel
 from tests.compiling import compiled_for_hopper, print_records, source_of
 
 # of published models; rows that stand for all up to them

@@ -45,18 +45,6 @@ class States(NamedTuple):
     slots: Any
 
 
-class Layer(NamedTuple):
-    """Addresses of what is small of a layer, all that is not copied ahead."""
-
-    taps: Any
-    conv_bias: Any
-    x_proj: Any
-    decay: Any
-    skip: Any
-    dt_bias: Any
-    gain: Any
-
-
 # one thread counts its program; the barrier before it has collected what the others wrote
 _COUNT = gl.constexpr("""
 {
@@ -154,21 +142,6 @@ def _share(rows: gl.constexpr, PROGRAMS: gl.constexpr):
     pid = gl.program_id(0)
     first = pid * rows // PROGRAMS
     return first, (pid + 1) * rows // PROGRAMS - first
-
-
-@gluon.jit
-def _layer(table_ptr, layer):
-    """What is small of a layer, with the gain of the norm that follows it."""
-    entry = table_ptr + layer * FIELDS
-    return Layer(
-        gl.load(entry + TAPS),
-        gl.load(entry + CONV_BIAS),
-        gl.load(entry + X_PROJ),
-        gl.load(entry + DECAY),
-        gl.load(entry + SKIP),
-        gl.load(entry + DT_BIAS),
-        gl.load(entry + GAIN),
-    )
 
 
 @gluon.jit

@@ -12,9 +12,9 @@ from mamba_core.ops.triton.persistent_rows_kernel import persistent_rows_kernel
 from mamba_core.ops.triton.persistent_rows_tiles import Sizes
 from mamba_core.ops.triton.persistent_step import WARPS, LayerWeights, Weights, can_run, kind, launch
 
-# rows that a program can take, and those that several groups of programs can
+# rows that a program can take, and those that groups of programs can, eight each
 _PROGRAM_ROWS = 16
-MAX_ROWS = 64
+MAX_ROWS = 32
 # models less wide than the first leave programs without work, so that their rows are shared out; groups of programs,
 # which stream all weights each, are faster than launches below the second (on an H200, both)
 _SHARED_OUT = 1536
@@ -87,11 +87,10 @@ def share_out(rows: int, width: int, available: int) -> tuple[int, int, int]:
     """The rows of a group of programs, at most 16, the number of groups, and the programs of each."""
     if width >= _SHARED_OUT:
         return 8 if rows <= 8 else 16, 1, available
-    space = 8 if rows <= 32 else 16
-    groups = triton.cdiv(rows, space)
+    groups = triton.cdiv(rows, 8)
     # of 16 channels each: more programs would not have less to do
     tiles = triton.cdiv(2 * width, _HIGH)
-    return space, groups, triton.cdiv(tiles, triton.cdiv(tiles, available // groups))
+    return 8, groups, triton.cdiv(tiles, triton.cdiv(tiles, available // groups))
 
 
 def sizes_for(rows: int, width: int, rank: int, states: int, taps: int, available: int) -> Sizes:

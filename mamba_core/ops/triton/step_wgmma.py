@@ -8,7 +8,6 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mamba_core.ops.triton.devices import compiles_for_nvidia
@@ -17,6 +16,7 @@ from mamba_core.ops.triton.step_wgmma_kernel import (
     DEEP,
     TILES,
     Sizes,
+    layout_of,
     wgmma_kernel,
     wgmma_shared_kernel,
 )
@@ -125,11 +125,6 @@ def _usable(matrix: Matrix, tile: WideTile) -> WideTile | None:
 def has_wgmma(device: torch.device) -> bool:
     """Whether kernels are compiled for Hopper, and not interpreted."""
     return compiles_for_nvidia(device) and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def layout_of(columns: int) -> gl.NVMMASharedLayout:
-    """Of a tile [rows, columns] in 16 bits as it leaves."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * columns), element_bitwidth=16, rank=2)
 
 
 def warps_of(tile: WideTile) -> int:

@@ -127,11 +127,16 @@ def _multiply(ring, steps, SIZES: gl.constexpr):
     return acc_a, acc_b
 
 
+@gluon.constexpr_function
+def layout_of(columns):
+    """Of a tile [rows, columns] in 16 bits as it leaves, on the host as well."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * columns), element_bitwidth=16, rank=2)
+
+
 @gluon.jit
 def _leaving(memory, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """A tile of outputs where others were, laid as ``step_wgmma.layout_of`` says."""
-    SWIZZLE: gl.constexpr = 2 * COLUMNS if COLUMNS < 64 else 128
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=2)
+    """A tile of outputs where others were."""
+    LAYOUT: gl.constexpr = layout_of(COLUMNS)
     return _view(memory, gl.bfloat16, [ROWS, COLUMNS], LAYOUT)
 
 
