@@ -20,6 +20,7 @@ from app.engine.graphs import GraphSteps
 from app.engine.host import DeviceMark
 from benchmarks.decode import WARM_UP_STEPS, start_rows
 from benchmarks.in_process import Subject, add_arguments, drain, load_subject, numbers, print_line
+from benchmarks.ops import captured
 
 _NUM_BARE_REPLAYS = 50
 
@@ -121,13 +122,11 @@ def _summary(name: str, seconds: list[float]) -> dict[str, float]:
 def _bare_gaps() -> list[float]:
     """What the same marks show between replays of a graph that nothing stands between."""
     values = torch.zeros(2**26, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        values += 1
+    replay = captured(lambda: values.add_(1))
     spans = []
     for _ in range(_NUM_BARE_REPLAYS):
         before = DeviceMark()
-        graph.replay()
+        replay()
         spans.append((before, DeviceMark()))
     spans[-1][1].wait()
     return [later[0].seconds_since(earlier[1]) for earlier, later in zip(spans, spans[1:], strict=False)]

@@ -73,9 +73,8 @@ def time_replays(replay: Callable[[], object], repeats: int) -> list[float]:
 
 
 class Kernel(NamedTuple):
-    """When a kernel ran, in microseconds."""
+    """When a kernel ended, in microseconds."""
 
-    begin: float
     end: float
     name: str
 
@@ -85,11 +84,7 @@ def profiled_kernels(replay: Callable[[], object], replays: int) -> list[Kernel]
         for _ in range(replays):
             replay()
         torch.cuda.synchronize()
-    return [
-        Kernel(event.time_range.start, event.time_range.end, event.name)
-        for event in profiled.events()
-        if event.device_type.name == "CUDA"
-    ]
+    return [Kernel(event.time_range.end, event.name) for event in profiled.events() if event.device_type.name == "CUDA"]
 
 
 def delays(kernels: Sequence[Kernel], replays: int, layers: int) -> list[tuple[str, float]]:

@@ -13,7 +13,6 @@ from mamba_core.modeling_mamba import MambaBlock, MambaModel
 from mamba_core.ops.triton import step as ops
 from mamba_core.ops.triton.quantized import Matrix
 from mamba_core.ops.triton.step_lag import turn
-from mamba_core.ops.triton.step_tiles import some_rows
 
 # the width of the tiles in which the convolution follows its product
 _CHANNEL_MULTIPLE = 64
@@ -43,14 +42,14 @@ def fused_step(
     counters: [MAX_TILES] int32 zeros, which are zero again afterwards; no two steps may use them at once. may_lag: see
     ``Packing``.
     """
-    is_many = len(tokens) > some_rows(model.config.intermediate_size, tokens.device)
+    step = ops.Step(slots, counters, model.norm_f.eps)
+    is_many = step.is_many(model.config.intermediate_size)
     if not is_many and (hidden := _single_launch(model, tokens, slots, cache, counters)) is not None:
         return hidden
     lag = cache.lag if may_lag and is_many else None
     layers = cast(list[MambaBlock], model.layers)
     # made, where they have to be made, before the first kernel: the others read them while their predecessor still runs
     decays = [layer.mixer.A() for layer in layers]
-    step = ops.Step(slots, counters, model.norm_f.eps)
     residual, gained = ops.embed(step, tokens, model.embeddings.weight, layers[0].norm.weight)
     for index, layer in enumerate(layers):
         mixer = layer.mixer

@@ -8,12 +8,12 @@ from benchmarks.step import Kernel, delays
 
 
 def replayed(step: list[tuple[str, float]], replays: int) -> list[Kernel]:
-    """A step's kernels with what each adds, all of them starting long before."""
+    """A step's kernels with what each adds, the last one first."""
     kernels, now = [], 0.0
     for _ in range(replays):
         for name, us in step:
             now += us
-            kernels.append(Kernel(now - 50, now, name))
+            kernels.append(Kernel(now, name))
     return kernels[::-1]
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mamba_core import MambaCache, MambaForCausalLM, lagging
-from mamba_core import fused_step as fused
 from mamba_core.fused_step import fused_step
 from mamba_core.lagging import Settler
 from mamba_core.ops import Packing
@@ -207,7 +206,7 @@ def test_steps_that_leave_states_behind_have_the_same_bits(
     is_int8: bool,
     some_rows: int,
 ) -> None:
-    for module in (step, lagging, fused):
+    for module in (step, lagging):
         monkeypatch.setattr(module, "some_rows", lambda *_: some_rows)
     with torch.inference_mode(False):
         model = in_dtype(tiny_model(family, **changes), DTYPE).to(DEVICE)

@@ -182,10 +182,10 @@ def project_in(
 def project_low(step: Step, xz: Tensor, matrix: Matrix) -> Tensor:
     """x_proj of the first half of xz [B, 2 D]: [B, R + 2 N], in fp32 but of many rows; matrix [R + 2 N, D]."""
     rows, (width, dim) = step.num_rows, matrix.shape
-    wide = step_wgmma.tile_low(matrix, rows) if step.is_many(dim) else None
-    if wide is not None:
-        return sum_shares(share_wide(xz[:, :dim], matrix, wide), xz.dtype)
     if step.is_many(dim):
+        wide = step_wgmma.tile_low(matrix, rows)
+        if wide is not None:
+            return sum_shares(share_wide(xz[:, :dim], matrix, wide), xz.dtype)
         if matrix.scales is not None and rows > SOME_ROWS:
             return torch.mm(xz[:, :dim], matrix.transposed(xz.dtype))
         return sum_shares(share_out(xz, matrix, tile_low(matrix, rows), step.counters), xz.dtype)

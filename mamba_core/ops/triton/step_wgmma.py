@@ -1,7 +1,8 @@
-"""Launches of ``step_wgmma_kernel``, and the products of a decode step of 33 to 256 rows that it is for."""
+"""Launches of ``step_wgmma_kernel``, and the products of a decode step of 17 to 256 rows that it is for."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,9 +25,6 @@ from mamba_core.ops.triton.step_wgmma_kernel import (
 _DEEP = DEEP.value
 _TILES = TILES.value
 
-# widths of layers up to which tiles differ, and up to which the library is slower: LESS_WIDE for out_proj
-NARROW, LESS_WIDE, WIDE = 1024, 2048, 2560
-MOST_ROWS, HALF_ROWS, FEW_ROWS = 256, 128, 64
 # of a thread, before those that fetch leave theirs to those that multiply: as few as do without spilling. The kernels
 # before and after then reside beside this one, which can fetch its first weights while they run
 REGISTERS = 96
@@ -56,50 +54,51 @@ class WideTile:
         return out_width % self.width == 0 and in_width % _DEEP == 0 and (self.shares - 1) * share < in_tiles
 
 
+_Table = tuple[tuple[int, float, tuple[WideTile, ...]], ...]
+
+# of up to so many rows, of layers up to so wide: the first that fits is taken; others are faster in the library
+# (on an H200)
+_TILES_IN: _Table = (
+    (64, math.inf, (WideTile(64, 64, 16, 12), WideTile(64, 64, 0, 12))),
+    (128, 1024, (WideTile(64, 64, 0, 8),)),
+    (128, 2560, (WideTile(128, 64, 16, 8), WideTile(128, 64, 0, 8))),
+    (256, 1024, (WideTile(128, 64, 0, 8),)),
+    (256, 2560, (WideTile(128, 128, 32, 6), WideTile(128, 64, 32, 8), WideTile(128, 128, 0, 6))),
+)
+_TILES_OUT: _Table = (
+    (64, 1024, (WideTile(64, 32, 0, 12, shares=2),)),
+    (64, math.inf, (WideTile(64, 64, 16, 8, shares=4), WideTile(64, 64, 0, 8, shares=4))),
+    (128, 1024, (WideTile(64, 64, 0, 8, shares=4),)),
+    (128, 2560, (WideTile(128, 64, 16, 8, shares=4), WideTile(128, 64, 0, 8, shares=4))),
+    (256, 1024, (WideTile(64, 64, 0, 8, shares=2),)),
+    (256, 1536, (WideTile(128, 64, 0, 8, shares=2),)),
+    (256, 2048, (WideTile(128, 128, 0, 6, shares=4),)),
+)
+# the same kernels of x_proj up to each of few numbers of rows, for which steps are compiled first
+_ROWS_LOW = (64, 128, 256)
+
+
 def tile_in(matrix: Matrix, rows: int) -> WideTile | None:
-    """How in_proj is cut up for so many rows, where that is faster than what else there is (on an H200)."""
-    width = matrix.shape[1]
-    if rows <= FEW_ROWS:
-        return _first_usable(matrix, WideTile(64, 64, 16, 12), WideTile(64, 64, 0, 12))
-    if rows > MOST_ROWS or width > WIDE:
-        return None
-    if rows <= HALF_ROWS:
-        if width <= NARROW:
-            return _first_usable(matrix, WideTile(64, 64, 0, 8))
-        return _first_usable(matrix, WideTile(128, 64, 16, 8), WideTile(128, 64, 0, 8))
-    if width <= NARROW:
-        return _first_usable(matrix, WideTile(128, 64, 0, 8))
-    return _first_usable(matrix, WideTile(128, 128, 32, 6), WideTile(128, 64, 32, 8), WideTile(128, 128, 0, 6))
+    """How in_proj [2 D, H] is cut up for so many rows, where that is faster than what else there is."""
+    return _choose(_TILES_IN, matrix, rows, matrix.shape[1])
 
 
 def tile_out(matrix: Matrix, rows: int) -> WideTile | None:
-    """The same of out_proj, in shares."""
-    width = matrix.shape[0]
-    if rows <= FEW_ROWS:
-        if width <= NARROW:
-            return _first_usable(matrix, WideTile(64, 32, 0, 12, shares=2))
-        return _first_usable(matrix, WideTile(64, 64, 16, 8, shares=4), WideTile(64, 64, 0, 8, shares=4))
-    if rows <= HALF_ROWS and width <= WIDE:
-        if width <= NARROW:
-            return _first_usable(matrix, WideTile(64, 64, 0, 8, shares=4))
-        return _first_usable(matrix, WideTile(128, 64, 16, 8, shares=4), WideTile(128, 64, 0, 8, shares=4))
-    if rows > MOST_ROWS or width > LESS_WIDE:
-        return None
-    if width <= NARROW:
-        return _first_usable(matrix, WideTile(64, 64, 0, 8, shares=2))
-    return _first_usable(
-        matrix, WideTile(128, 128, 0, 6, shares=4) if width > 1536 else WideTile(128, 64, 0, 8, shares=2)
-    )
+    """The same of out_proj [H, D], in shares."""
+    return _choose(_TILES_OUT, matrix, rows, matrix.shape[0])
+
+
+def _choose(table: _Table, matrix: Matrix, rows: int, layer_width: int) -> WideTile | None:
+    tiles = next((tiles for most, widest, tiles in table if rows <= most and layer_width <= widest), ())
+    return next((tile for tile in tiles if _usable(matrix, tile) is not None), None)
 
 
 def tile_low(matrix: Matrix, rows: int) -> WideTile | None:
     """The same of x_proj: shares enough for nearly all multiprocessors, and no more than are soon added up."""
     width, dim = matrix.shape
-    if rows > MOST_ROWS:
+    most = next((most for most in _ROWS_LOW if rows <= most), None)
+    if most is None:
         return None
-
-    # the same kernels up to each of few numbers of rows, for which steps are compiled first
-    most = next(most for most in (FEW_ROWS, HALF_ROWS, MOST_ROWS) if rows <= most)
 
     def num_shares(outputs: int) -> int:
         return _PROGRAMS // (most // 64 * triton.cdiv(width, outputs))
@@ -108,10 +107,6 @@ def tile_low(matrix: Matrix, rows: int) -> WideTile | None:
     outputs = next((size for size in sizes if num_shares(size) >= _LEAST_SHARES), sizes[-1])
     tiles = triton.cdiv(dim // _DEEP, min(max(num_shares(outputs), 1), _MOST_SHARES))
     return _usable(matrix, WideTile(64, outputs, 0, min(tiles, 12), shares=triton.cdiv(dim // _DEEP, tiles)))
-
-
-def _first_usable(matrix: Matrix, *tiles: WideTile) -> WideTile | None:
-    return next((tile for tile in tiles if _usable(matrix, tile) is not None), None)
 
 
 def _usable(matrix: Matrix, tile: WideTile) -> WideTile | None:
