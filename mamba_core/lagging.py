@@ -7,13 +7,13 @@ from torch import Tensor
 from mamba_core.cache import MambaCache
 from mamba_core.modeling_mamba import MambaModel
 from mamba_core.ops.triton import step_lag
-from mamba_core.ops.triton.step_tiles import some_rows
+from mamba_core.ops.triton.step_tiles import is_many
 from mamba_core.single_step import located
 
 
 def lags(cache: MambaCache, num_rows: int) -> bool:
     """Whether a step of so many rows leaves states behind, if it may: fewer are faster in ways that do not."""
-    return cache.lag is not None and num_rows > some_rows(cache.ssm.shape[2], cache.device)
+    return cache.lag is not None and is_many(num_rows, cache.ssm.shape[2], cache.device)
 
 
 class Settler:

@@ -17,7 +17,7 @@ from mamba_core.cache import MambaCache
 from mamba_core.fused_step import is_applicable
 from mamba_core.lagging import Settler
 from mamba_core.modeling_mamba import MambaForCausalLM
-from mamba_core.ops.triton.step_tiles import some_rows
+from mamba_core.ops.triton.step_tiles import is_many
 from mamba_core.staggered import Staggered
 
 
@@ -46,5 +46,5 @@ def cuda_runner(
 def may_lag(model: MambaForCausalLM, state_dtype: torch.dtype, num_rows: int | None) -> bool:
     """Whether there are steps, of up to ``num_rows``, that are faster if states may lack a token, to the same bits."""
     device = model.backbone.embeddings.weight.device
-    is_many = num_rows is None or num_rows > some_rows(model.config.intermediate_size, device)
-    return is_many and state_dtype == torch.float32 and is_applicable(model.backbone)
+    some_are = num_rows is None or is_many(num_rows, model.config.intermediate_size, device)
+    return some_are and state_dtype == torch.float32 and is_applicable(model.backbone)

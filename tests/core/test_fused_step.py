@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mamba_core import MambaCache, MambaForCausalLM, lagging
+from mamba_core import MambaCache, MambaForCausalLM
 from mamba_core.fused_step import fused_step
 from mamba_core.lagging import Settler
 from mamba_core.ops import Packing
 from mamba_core.ops.lag import BEHIND, WRITTEN
-from mamba_core.ops.triton import step, step_wgmma
+from mamba_core.ops.triton import step_tiles, step_wgmma
 from mamba_core.ops.triton.quantized import Matrix, dequantize
 from mamba_core.ops.triton.step_products import MAX_TILES, project_head
 from mamba_core.ops.triton.step_tiles import FEW_ROWS, SOME_ROWS, SOME_ROWS_OF_HOPPER
@@ -206,8 +206,7 @@ def test_steps_that_leave_states_behind_have_the_same_bits(
     is_int8: bool,
     some_rows: int,
 ) -> None:
-    for module in (step, lagging):
-        monkeypatch.setattr(module, "some_rows", lambda *_: some_rows)
+    monkeypatch.setattr(step_tiles, "some_rows", lambda *_: some_rows)
     with torch.inference_mode(False):
         model = in_dtype(tiny_model(family, **changes), DTYPE).to(DEVICE)
     if is_int8:

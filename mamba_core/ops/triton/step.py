@@ -39,9 +39,9 @@ from mamba_core.ops.triton.step_tiles import (
     FEW_ROWS,
     SOME_ROWS,
     VERY_FEW_ROWS,
+    is_many,
     rows_of_own,
     rows_one_by_one,
-    some_rows,
     tile_delta,
     tile_in,
     tile_low,
@@ -73,7 +73,7 @@ class Step:
 
     def is_many(self, dim: int) -> bool:
         """Whether the rows, of D channels, are gone about as many are."""
-        return self.num_rows > some_rows(dim, self.slots.device)
+        return is_many(self.num_rows, dim, self.slots.device)
 
 
 def embed(step: Step, tokens: Tensor, table: Tensor, gain: Tensor) -> tuple[Tensor, Gained]:

@@ -22,6 +22,16 @@ def await_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
+def await_inputs_first(PDL: tl.constexpr):
+    """``await_inputs`` in the other order, as one kernel of a layer must: then what the others read before they wait,
+    states and residuals, has been left by those that wrote it, however many kernels are at work at once.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
 def fetch_scales(scales_ptr, w_ptr, n, out_width):
     """What sums of the outputs n are to be multiplied with: [BLOCK_N, 1] for weights in int8, 1 for others."""
     if w_ptr.dtype.element_ty == tl.int8:

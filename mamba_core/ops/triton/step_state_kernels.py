@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mamba_core.ops.triton.math import LOG2_E, sigmoid, softplus
-from mamba_core.ops.triton.step_kernels import await_inputs
+from mamba_core.ops.triton.step_kernels import await_inputs, await_inputs_first
 from mamba_core.ops.triton.step_lag_kernels import catch_up, is_left_behind, keep_token, move, recall_token
 
 
@@ -48,11 +47,7 @@ def delta_kernel(
         weights += (tl.load(w_ptr + d[:, None] * R + begin + r[None, :], mask=mask, other=0.0),)
     if not RAW:
         bias = tl.load(bias_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
-    if PDL:
-        # in this order: only one kernel of a layer must do so, and then what the others read before they wait, states
-        # and residuals, has been left by those that wrote it, however many kernels are at work at once
-        gdc_wait()
-        gdc_launch_dependents()
+    await_inputs_first(PDL)
     inputs = ()
     for begin in tl.static_range(0, R, BLOCK_R):
         mask = mask_b[:, None] & (begin + r < R)[None, :]

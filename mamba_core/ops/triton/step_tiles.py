@@ -45,6 +45,11 @@ def some_rows(dim: int, device: torch.device) -> int:
     return SOME_ROWS_OF_NARROW if dim < _NARROW_STATES else SOME_ROWS_OF_HOPPER
 
 
+def is_many(rows: int, dim: int, device: torch.device) -> bool:
+    """Whether rows of D channels are more than that; states of many may lag, see ``mamba_core.ops.lag``."""
+    return rows > some_rows(dim, device)
+
+
 def rows_one_by_one(matrix: Matrix) -> int:
     """Rows up to which a product multiplies row by row; to widen int8 for each of them is dear."""
     return VERY_FEW_ROWS if matrix.scales is None else 1
