@@ -16,6 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# of a slot: key, position, temperature and top_p, log of min_p and top_k, token drawn last
+ENTRY_WORDS = tl.constexpr(5)
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -138,7 +141,7 @@ def sampler_block_kernel(
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     out = row * tl.num_programs(0) + block
-    word = tl.load(table_ptr + tl.load(slots_ptr + row) * 4 + 2)
+    word = tl.load(table_ptr + tl.load(slots_ptr + row) * ENTRY_WORDS + 2)
     x, mask = load_logits(logits_ptr + row * row_units * ALIGN, block * BLOCK, V, BLOCK)
     x = tl.where(tl.abs(x) <= -LOWEST, x, float("inf"))
     maximum = tl.max(x, axis=0)
@@ -340,7 +343,6 @@ def sampler_row_kernel(
     indices_ptr,
     sums_ptr,
     tokens_ptr,
-    is_finite_ptr,
     scratch_ptr,
     row_units,
     num_tokens,
@@ -352,14 +354,16 @@ def sampler_row_kernel(
     CHUNK: tl.constexpr,
     CANDIDATES: tl.constexpr,
     GROUP: tl.constexpr,
+    BROKEN: tl.constexpr,
 ):
-    """One token per row from what ``sampler_block_kernel`` left; the positions of the rows' slots advance by 1.
+    """One token per row from what ``sampler_block_kernel`` left, BROKEN where a logit is not finite; to the rows' slots
+    it is the last one, and their positions advance by 1.
 
     ``num_tokens`` is V once more, unknown to the compiler.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_units * ALIGN
-    entry_ptr = table_ptr + tl.load(slots_ptr + row) * 4
+    entry_ptr = table_ptr + tl.load(slots_ptr + row) * ENTRY_WORDS
     position = tl.load(entry_ptr + 1)
     word = tl.load(entry_ptr + 2)
     temperature = low_float(word)
@@ -414,8 +418,8 @@ def sampler_row_kernel(
         weights = weights_from(x, mask, bottom, maximum, temperature)
         offset = first_above(weights, (target - before) / inside * tl.sum(weights, axis=0), BLOCK)
         token = tl.where(offset >= 0, block * BLOCK + offset, token)
-    tl.store(tokens_ptr + row, token.to(tl.int64))
-    tl.store(is_finite_ptr + row, is_finite.to(tl.uint8))
+    tl.store(tokens_ptr + row, tl.where(is_finite, token, BROKEN).to(tl.int64))
     # every warp has read the position before it changes
     tl.debug_barrier()
     tl.store(entry_ptr + 1, position + 1)
+    tl.store(entry_ptr + 4, token.to(tl.int64))

@@ -29,14 +29,22 @@ class SamplingTables(Protocol):
     """Sampling parameters by slot; ``fused_sampler.SlotSampling`` is one."""
 
     positions: Tensor
+    last_tokens: Tensor
 
-    def write(self, slots: Rows[int], params: Rows[SamplingParams], keys: Rows[int], positions: Rows[int]) -> None:
-        """Set what the draws of these slots depend on."""
+    def write(
+        self,
+        slots: Rows[int],
+        params: Rows[SamplingParams],
+        keys: Rows[int],
+        positions: Rows[int],
+        last_tokens: Rows[int],
+    ) -> None:
+        """Set what the draws of these slots depend on, and the tokens before them."""
 
 
-# logits [B, V] float32, slots [B], tables -> tokens [B] int64 and whether each row was finite [B] bool; advances the
-# positions of the slots by one
-DrawTokens = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+# logits [B, V] float32, slots [B], tables -> tokens [B] int64, BROKEN in rows that were not finite; tokens are the last
+# ones of their slots then, where BROKEN any, and the positions of the slots advance by one
+DrawTokens = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 class StepRuns(Protocol):
@@ -93,7 +101,6 @@ class SlotDecoder:
         self._adjuster = Adjuster(cache.num_slots, vocab_size, cache.device)
         self._masker = Masker(vocab_size, cache.device)
         self._seats = Seats()
-        self._last_token = torch.zeros(cache.num_slots, dtype=torch.int64, device=cache.device)
         self._slots = torch.zeros(cache.num_slots - 1, dtype=torch.int64, device=cache.device)
         self._rows: tuple[Sequence, ...] | None = None
         self._special: set[Sequence] = set()
@@ -143,7 +150,8 @@ class SlotDecoder:
 
     def _step(self, packing: Packing) -> StepOutput:
         slots = packing.slots
-        hidden = self._model.forward_packed(self._last_token.index_select(0, slots), packing, self._cache)  # [B, H]
+        tokens = self._tables.last_tokens.index_select(0, slots)
+        hidden = self._model.forward_packed(tokens, packing, self._cache)  # [B, H]
         return self._draw_from(hidden, slots)
 
     def _start(self, hidden: Tensor) -> StepOutput:
@@ -155,9 +163,7 @@ class SlotDecoder:
 
     def _draw_from(self, hidden: Tensor, slots: Tensor) -> StepOutput:
         logits = self._model.compute_logits(hidden)  # [B, V]
-        tokens, is_finite = self._draw(logits, slots, self._tables)
-        self._last_token.index_copy_(0, slots, tokens)
-        return StepOutput(logits, torch.where(is_finite, tokens, BROKEN))
+        return StepOutput(logits, self._draw(logits, slots, self._tables))
 
     def _draw_again(self, output: StepOutput, redraw: _Redraw, mask: Mask | None) -> None:
         logits = output.logits.index_select(0, redraw.rows)  # [A, V]
@@ -166,11 +172,10 @@ class SlotDecoder:
             mask.apply(logits)
         # the step has drawn for these rows already
         self._tables.positions[redraw.slots] -= 1
-        tokens, is_finite = self._draw(logits, redraw.slots, self._tables)
-        self._adjuster.count(tokens, redraw.adjusted)
-        self._last_token[redraw.slots] = tokens
+        tokens = self._draw(logits, redraw.slots, self._tables)
+        self._adjuster.count(tokens.clamp(min=0), redraw.adjusted)
         # a mask may cover what is not finite
-        is_finite &= output.tokens[redraw.rows] != BROKEN
+        is_finite = output.tokens[redraw.rows] != BROKEN
         output.tokens[redraw.rows] = torch.where(is_finite, tokens, BROKEN)
 
     def _release(self, slots: list[int]) -> None:
@@ -182,13 +187,8 @@ class SlotDecoder:
         new = self._seats.take(rows)
         numbers = array("q", (sequence.slot for sequence in rows))
         numbers.frombytes(bytes(numbers.itemsize * (len(self._slots) - len(rows))))
-        numbers.extend(sequence.slot for sequence in new)
-        numbers.extend(sequence.next_token for sequence in new)
-        packed = to_device(numbers, torch.int64, self._device)
-        self._slots.copy_(packed[: len(self._slots)])
+        self._slots.copy_(to_device(numbers, torch.int64, self._device))
         if new:
-            new_slots, tokens = packed[len(self._slots) :].chunk(2)
-            self._last_token.index_copy_(0, new_slots, tokens)
             self._write_tables(new)
         self._masker.admit(new)
         # all rows are looked at only while there is one that asks for more than a token
@@ -204,8 +204,8 @@ class SlotDecoder:
     def _write_tables(self, new: list[Sequence]) -> None:
         params = [sequence.request.sampling for sequence in new]
         keys = [stream_key(p.seed, sequence.sample) for p, sequence in zip(params, new, strict=True)]
-        positions = [sequence.position for sequence in new]
-        self._tables.write([sequence.slot for sequence in new], params, keys, positions)
+        slots, positions = [sequence.slot for sequence in new], [sequence.position for sequence in new]
+        self._tables.write(slots, params, keys, positions, [sequence.next_token for sequence in new])
 
     def _find_changed(self, rows: tuple[Sequence, ...]) -> _Redraw | None:
         chosen = [row for row, sequence in enumerate(rows) if _is_changed(sequence)]

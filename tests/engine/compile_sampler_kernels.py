@@ -21,7 +21,6 @@ TYPES = {
     **dict.fromkeys(("maxima_ptr", "scratch_ptr"), "*fp32"),
     "indices_ptr": "*i32",
     "sums_ptr": "*fp64",
-    "is_finite_ptr": "*u8",
 }
 # the row stride, in units of its alignment
 UNALIGNED = frozenset({"row_units"})
@@ -34,7 +33,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any], int]]:
         constants = shape | {"BLOCK": BLOCK}
         yield "sampler_block_kernel", constants, 2
         constants |= {"NUM_BLOCKS": blocks, "BLOCKS": triton.next_power_of_2(blocks)}
-        yield "sampler_row_kernel", constants | {"CHUNK": 2048, "CANDIDATES": 4096, "GROUP": 4}, 8
+        yield "sampler_row_kernel", constants | {"CHUNK": 2048, "CANDIDATES": 4096, "GROUP": 4, "BROKEN": -1}, 8
 
 
 def compile_all() -> Iterator[dict[str, Any]]:

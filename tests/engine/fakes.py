@@ -12,7 +12,7 @@ from torch import Tensor
 
 from app.engine import distribution
 from app.engine.chunk_graphs import ChunkGraphs, Shape
-from app.engine.decoder import Model
+from app.engine.decoder import BROKEN, Model
 from app.engine.engine import Engine
 from app.engine.graphs import GraphSteps
 from app.engine.request import (
@@ -104,17 +104,24 @@ class HostTables:
 
     def __init__(self, num_slots: int) -> None:
         self.temperature, self.top_p, self.min_p = (torch.zeros(num_slots) for _ in range(3))
-        self.top_k, self.keys, self.positions = (torch.zeros(num_slots, dtype=torch.int64) for _ in range(3))
+        self.top_k, self.keys = (torch.zeros(num_slots, dtype=torch.int64) for _ in range(2))
+        self.positions, self.last_tokens = torch.zeros_like(self.keys), torch.zeros_like(self.keys)
 
     def write(
-        self, slots: Sequence[int], params: Sequence[SamplingParams], keys: Sequence[int], positions: Sequence[int]
+        self,
+        slots: Sequence[int],
+        params: Sequence[SamplingParams],
+        keys: Sequence[int],
+        positions: Sequence[int],
+        last_tokens: Sequence[int],
     ) -> None:
+        self.last_tokens[list(slots)] = torch.tensor(last_tokens, dtype=torch.int64)
         for slot, p, key, position in zip(slots, params, keys, positions, strict=True):
             self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
             self.top_k[slot], self.keys[slot], self.positions[slot] = p.top_k, key, position
 
 
-def draw_on_host(logits: Tensor, slots: Tensor, tables: HostTables) -> tuple[Tensor, Tensor]:
+def draw_on_host(logits: Tensor, slots: Tensor, tables: HostTables) -> Tensor:
     """``fused_sampler.draw_tokens``, likewise."""
     is_finite = logits.sum(-1).isfinite()
     temperature = tables.temperature[slots]
@@ -127,7 +134,9 @@ def draw_on_host(logits: Tensor, slots: Tensor, tables: HostTables) -> tuple[Ten
     uniforms = distribution.uniforms(tables.keys[slots], tables.positions[slots])
     drawn = distribution.invert(weights.masked_fill(scaled < thresholds[:, None], 0), uniforms)
     tables.positions[slots] += 1
-    return torch.where(temperature < GREEDY_TEMPERATURE, logits.argmax(-1), drawn), is_finite
+    tokens = torch.where(temperature < GREEDY_TEMPERATURE, logits.argmax(-1), drawn)
+    tables.last_tokens[slots] = tokens
+    return torch.where(is_finite, tokens, BROKEN)
 
 
 class Replay:

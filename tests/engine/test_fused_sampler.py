@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.engine import distribution, fused_sampler_kernels
+from app.engine.decoder import BROKEN
 from app.engine.fused_sampler import SlotSampling, draw_tokens
 from app.engine.request import GenerationRequest, SamplingParams
 from app.engine.sampler import GREEDY_TEMPERATURE, Sampler
@@ -75,11 +76,18 @@ def fused(logits: Tensor, params: list[SamplingParams], position: int = 5) -> tu
     num_rows = len(params)
     tables = SlotSampling(2 * num_rows + 1, logits.device)
     slots = [2 * (num_rows - row) for row in range(num_rows)]
-    tables.write(slots, params, [key_of(row) for row in range(num_rows)], [position + row for row in range(num_rows)])
+    positions = [position + row for row in range(num_rows)]
+    tables.write(slots, params, [key_of(row) for row in range(num_rows)], positions, [-7] * num_rows)
     before = logits.clone()
-    tokens, is_finite = draw_tokens(logits, torch.tensor(slots, device=logits.device), tables)
+    tokens = draw_tokens(logits, torch.tensor(slots, device=logits.device), tables)
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
-    assert tables.positions[slots].tolist() == [position + row + 1 for row in range(num_rows)]
+    assert tables.positions[slots].tolist() == [position + 1 for position in positions]
+    last, is_finite = tables.last_tokens[slots], tokens != BROKEN
+    assert torch.equal(torch.where(is_finite, last, BROKEN), tokens)
+    assert (last >= 0).all()
+    assert (last < logits.shape[1]).all()
+    # what lies between was not touched
+    assert not tables.last_tokens[1::2].any()
     return tokens.tolist(), is_finite.tolist()
 
 
@@ -187,8 +195,8 @@ def test_frequencies_are_the_probabilities(params: SamplingParams, device: torch
     count, size = (50_000, 30) if device.type == "cuda" else (100, 4)
     logits = random_logits(1, size, seed=3, scale=1.5)
     tables = SlotSampling(count, device)
-    tables.write(range(count), [params] * count, [distribution.stream_key(12, 0)] * count, range(count))
-    tokens, _ = draw_tokens(logits.to(device).expand(count, -1), torch.arange(count, device=device), tables)
+    tables.write(range(count), [params] * count, [distribution.stream_key(12, 0)] * count, range(count), [0] * count)
+    tokens = draw_tokens(logits.to(device).expand(count, -1), torch.arange(count, device=device), tables)
     counts = tokens.bincount(minlength=size).cpu()
     probabilities = kept_weights(logits[0], params)[0].double()
     probabilities /= probabilities.sum()
@@ -208,10 +216,10 @@ def test_the_sampler_on_the_cpu_draws_the_same(device: torch.device) -> None:
     expected = sampler.draw(logits.clone(), sampler.prepare(rows))
     tables, slots = SlotSampling(len(rows) + 1, device), [row.slot for row in rows]
     keys = [distribution.stream_key(row.request.sampling.seed, row.sample) for row in rows]
-    tables.write(slots, EVERYTHING, keys, [row.position for row in rows])
-    tokens, is_finite = draw_tokens(logits.to(device), torch.tensor(slots, device=device), tables)
+    tables.write(slots, EVERYTHING, keys, [row.position for row in rows], [0] * len(rows))
+    tokens = draw_tokens(logits.to(device), torch.tensor(slots, device=device), tables)
     assert tokens.tolist() == expected.tokens.tolist()
-    assert is_finite.tolist() == expected.is_finite.tolist()
+    assert expected.is_finite.all()
 
 
 # --- greedy and ties
@@ -266,7 +274,7 @@ def test_a_row_that_is_not_finite_is_told_and_hurts_nobody(
     tokens, is_finite = fused(logits.to(device), [params] * 4)
     assert is_finite == [True, False, False, True]
     assert (tokens[0], tokens[3]) == (clean[0], clean[3])
-    assert all(0 <= token < 1500 for token in tokens)
+    assert tokens[1:3] == [BROKEN, BROKEN]
 
 
 def test_a_row_draws_the_same_wherever_it_stands(device: torch.device) -> None:
@@ -275,8 +283,9 @@ def test_a_row_draws_the_same_wherever_it_stands(device: torch.device) -> None:
     keys, positions = [key_of(row) for row in range(size)], [40 + row for row in range(size)]
 
     def draw(rows: list[int]) -> list[int]:
-        tables.write(range(size), EVERYTHING, keys, positions)
-        return draw_tokens(logits[rows], torch.tensor(rows, device=device), tables)[0].tolist()
+        tables.write(range(size), EVERYTHING, keys, positions, [0] * size)
+        tokens: list[int] = draw_tokens(logits[rows], torch.tensor(rows, device=device), tables).tolist()
+        return tokens
 
     together = draw(list(range(size)))
     assert draw(list(reversed(range(size)))) == together[::-1]
@@ -301,21 +310,19 @@ def test_tokens_that_are_not_contiguous_are_refused(device: torch.device) -> Non
 def test_padding_rows_share_the_scratch_slot(device: torch.device) -> None:
     logits = random_logits(6, 300).to(device)
     tables = SlotSampling(4, device)
-    tables.write([3, 1], [SamplingParams(), SamplingParams(top_k=4)], [key_of(0), key_of(1)], [5, 6])
-    tokens, is_finite = draw_tokens(logits, torch.tensor([3, 1, 0, 0, 0, 0], device=device), tables)
+    tables.write([3, 1], [SamplingParams(), SamplingParams(top_k=4)], [key_of(0), key_of(1)], [5, 6], [0, 0])
+    tokens = draw_tokens(logits, torch.tensor([3, 1, 0, 0, 0, 0], device=device), tables)
     assert tokens[:2].tolist() == fused(logits[:2], [SamplingParams(), SamplingParams(top_k=4)])[0]
     assert tokens[2:].tolist() == logits[2:].argmax(-1).tolist()
-    assert is_finite.all()
     assert tables.positions[1:].tolist() == [7, 0, 6]
+    assert tables.last_tokens[1:].tolist() == [tokens[1], 0, tokens[0]]
 
 
 def test_no_rows(device: torch.device) -> None:
     tables = SlotSampling(2, device)
-    tables.write([], [], [], [])
-    tokens, is_finite = draw_tokens(
-        torch.empty(0, 5, device=device), torch.empty(0, dtype=torch.int64, device=device), tables
-    )
-    assert (tokens.shape, is_finite.shape) == ((0,), (0,))
+    tables.write([], [], [], [], [])
+    tokens = draw_tokens(torch.empty(0, 5, device=device), torch.empty(0, dtype=torch.int64, device=device), tables)
+    assert tokens.shape == (0,)
 
 
 # --- the tables
@@ -324,26 +331,27 @@ def test_no_rows(device: torch.device) -> None:
 def test_entries_are_those_written_and_the_others_stay(device: torch.device) -> None:
     tables = SlotSampling(5, device)
     params = SamplingParams(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125)
-    tables.write([4, 1], [params, SamplingParams(temperature=9e-6)], [-(2**63), 2**63 - 1], [10**12, 3])
+    tables.write([4, 1], [params, SamplingParams(temperature=9e-6)], [-(2**63), 2**63 - 1], [10**12, 3], [8, 9])
     assert tables.temperature.tolist() == [0, 0, 0, 0, 0.5]
     assert tables.top_k.tolist() == [0, 0, 0, 0, 7]
     assert tables.top_p.tolist() == [0, 1, 0, 0, 0.25]
     assert tables.floors.tolist() == pytest.approx([0, -math.inf, 0, 0, math.log(0.125)])
     assert tables.keys.tolist() == [0, 2**63 - 1, 0, 0, -(2**63)]
     assert tables.positions.tolist() == [0, 3, 0, 0, 10**12]
-    tables.write([4], [SamplingParams()], [1], [2])
+    assert tables.last_tokens.tolist() == [0, 9, 0, 0, 8]
+    tables.write([4], [SamplingParams()], [1], [2], [3])
     assert (tables.temperature[4], tables.top_k[4], tables.positions[1]) == (1, 0, 3)
 
 
 def test_positions_advance_with_every_draw(device: torch.device) -> None:
     logits = random_logits(1, 40, scale=0.1).to(device)
     tables, slots = SlotSampling(2, device), torch.tensor([1], device=device)
-    tables.write([1], [SamplingParams()], [77], [3])
-    carried = [int(draw_tokens(logits, slots, tables)[0]) for _ in range(10)]
+    tables.write([1], [SamplingParams()], [77], [3], [0])
+    carried = [int(draw_tokens(logits, slots, tables)) for _ in range(10)]
     rebuilt = []
     for position in range(3, 13):
-        tables.write([1], [SamplingParams()], [77], [position])
-        rebuilt.append(int(draw_tokens(logits, slots, tables)[0]))
+        tables.write([1], [SamplingParams()], [77], [position], [0])
+        rebuilt.append(int(draw_tokens(logits, slots, tables)))
     assert carried == rebuilt
     assert len(set(carried)) > 3
 
@@ -379,14 +387,14 @@ def test_a_graph_draws_what_a_call_draws() -> None:
     draw_tokens(static, slots, tables)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tokens, is_finite = draw_tokens(static, slots, tables)
+        tokens = draw_tokens(static, slots, tables)
     for step in range(3):
         static.copy_(random_logits(num_rows, 50280, seed=step))
         torch.cuda.set_sync_debug_mode("error")
-        tables.write(range(num_rows), params, keys, [step + row for row in range(num_rows)])
+        tables.write(range(num_rows), params, keys, [step + row for row in range(num_rows)], [0] * num_rows)
         torch.cuda.set_sync_debug_mode("default")
         graph.replay()
-        assert is_finite.all()
+        assert torch.equal(tables.last_tokens, tokens)
         drawn = tokens.tolist()
         same = [
             assert_drawn(token, x, p, row, step)
