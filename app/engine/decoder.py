@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from app.engine.host import to_device, to_host
+from app.engine.host import Mark, mark, to_device, to_host
 from app.engine.logprobs import LogprobRows, to_records
 from app.engine.masks import Masker
 from app.engine.request import TokenLogprobs
@@ -50,12 +50,13 @@ def ends_of(bounds: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PendingRows:
-    """What a step draws, on its way to the host: tokens [B] with BROKEN where the logits were not finite, and
-    log-probabilities as in ``token_logprobs`` of the rows that want some. ``ends`` by row, for those that end instead,
-    and ``forced`` for those whose tokens are known already.
+    """What a step draws, on its way to the host: tokens [B] with BROKEN where the logits were not finite, behind the
+    mark ``sent``, and log-probabilities as in ``token_logprobs`` of the rows that want some. ``ends`` by row, for those
+    that end instead, and ``forced`` for those whose tokens are known already.
     """
 
     tokens: Tensor
+    sent: Mark
     logprobs: Tensor | None = None
     wanted: LogprobRows | None = None
     ends: dict[int, RowEnd] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class PendingRows:
 
     def read_tokens(self) -> tuple[list[int], frozenset[int]]:
         """The tokens, and the rows that are broken."""
+        self.sent.wait()
         tokens: list[int] = self.tokens.tolist()
         if min(tokens) != BROKEN:
             return tokens, frozenset()
@@ -166,10 +168,11 @@ class EagerDecoder:
         self._positions[batch.slots] += 1
         tokens = to_host(torch.where(draw.is_finite, draw.tokens, BROKEN))
         logprobs = None if draw.logprobs is None else to_host(draw.logprobs)
-        self._masker.follow(tokens)
+        sent = mark(self._device)
+        self._masker.follow(tokens, sent)
         if verdict.forced:
             self._release([rows[row].slot for row in verdict.forced])
-        return PendingRows(tokens, logprobs, batch.sampling.logprobs, verdict.ends, verdict.forced)
+        return PendingRows(tokens, sent, logprobs, batch.sampling.logprobs, verdict.ends, verdict.forced)
 
     def start(self) -> None:
         pass

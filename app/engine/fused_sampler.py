@@ -77,19 +77,19 @@ class SlotSampling:
         self.table.index_copy_(0, numbers[: len(slots)], rows)
 
 
-def draw_tokens(logits: Tensor, slots: Tensor, tables: SlotSampling) -> Tensor:
+def draw_tokens(logits: Tensor, slots: Tensor, tables: SlotSampling, out: Tensor | None = None) -> Tensor:
     """One token per row, which is the last one of its slot from now on; the positions of the slots advance by 1.
 
     logits [B, V] fp32 or bf16, rows strided, not changed; slots [B] int64, distinct except for the scratch slot.
-    Returns tokens [B] int64, BROKEN where a logit is NaN or Inf; the last token then is meaningless but in [0, V). The
-    same tokens for a row whatever the other rows are.
+    Returns tokens [B] int64, in ``out`` if given, BROKEN where a logit is NaN or Inf; the last token then is
+    meaningless but in [0, V). The same tokens for a row whatever the other rows are.
     """
     num_rows, num_tokens = logits.shape
     if logits.stride(1) != 1 and num_tokens > 1:
         raise ValueError("the logits of a row must be contiguous")
     num_blocks = triton.cdiv(num_tokens, _BLOCK)
     maxima, indices, sums = _scratch((num_rows, num_blocks), logits.device)
-    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if out is None else out
     if num_rows == 0:
         return tokens
     align = math.gcd(logits.stride(0), num_tokens, 16)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from app.engine.forced import STEPS_PER_CHUNK, take_forced
-from app.engine.host import Mark, mark, to_device
+from app.engine.host import Mark, to_device
 from app.engine.matchers import num_words
 from app.engine.sequence import Constraint, Forced, RowEnd, Sequence
 
@@ -87,8 +87,8 @@ class Masker:
             if sequence.constraint is not None:
                 sequence.constraint.restart(sequence.output)
         if new and self._drawn is not None:
-            masked, tokens, drawn = self._drawn
-            self._drawn = [one for one in masked if one.sequence not in new], tokens, drawn
+            masked, tokens, sent = self._drawn
+            self._drawn = [one for one in masked if one.sequence not in new], tokens, sent
 
     def seat(self, rows: Rows[Sequence], places: dict[int, int] | None = None) -> None:
         """These rows take the steps to come. ``places``: where the logits of a row are, if not at its number."""
@@ -120,14 +120,14 @@ class Masker:
         self._forced = take_forced(undecided, self._num_rows, STEPS_PER_CHUNK[self._device.type])
         return Verdict(Mask(self._places, self._to_device(words), self._shifts), ends, self._forced)
 
-    def follow(self, tokens: Tensor) -> None:
-        """Take note of the tokens [B], on their way to the host, that the step draws."""
+    def follow(self, tokens: Tensor, sent: Mark) -> None:
+        """Take note of the tokens [B] that the step draws, on the host behind that mark."""
         if self._masked:
             followed = [one for one in self._masked if one.row not in self._forced] if self._forced else self._masked
-            self._drawn = (followed, tokens, mark(self._device))
+            self._drawn = (followed, tokens, sent)
 
-    def _catch_up(self, masked: list[_Masked], tokens: Tensor, drawn: Mark) -> None:
-        drawn.wait()
+    def _catch_up(self, masked: list[_Masked], tokens: Tensor, sent: Mark) -> None:
+        sent.wait()
         for one in masked:
             # what an ended sample draws is ignored
             if not one.sequence.is_finished:

@@ -15,7 +15,7 @@ from app.engine.adjustments import AdjustedRows, Adjuster, is_adjusted
 from app.engine.decoder import BROKEN, Model, PendingRows, Seats
 from app.engine.distribution import stream_key
 from app.engine.graphs import StepBody, StepOutput, nothing, rows_like_first
-from app.engine.host import to_device, to_host
+from app.engine.host import outbox, to_device, to_host
 from app.engine.logprobs import LogprobRows, logprob_rows, token_logprobs
 from app.engine.masks import Mask, Masker, Verdict
 from app.engine.request import SamplingParams
@@ -42,9 +42,13 @@ class SamplingTables(Protocol):
         """Set what the draws of these slots depend on, and the tokens before them."""
 
 
-# logits [B, V] float32, slots [B], tables -> tokens [B] int64, BROKEN in rows that were not finite; tokens are the last
-# ones of their slots then, where BROKEN any, and the positions of the slots advance by one
-DrawTokens = Callable[[Tensor, Tensor, Any], Tensor]
+class DrawTokens(Protocol):
+    """Draws from logits; ``fused_sampler.draw_tokens`` is one."""
+
+    def __call__(self, logits: Tensor, slots: Tensor, tables: Any, out: Tensor | None = None) -> Tensor:
+        """logits [B, V] float32, slots [B] -> tokens [B] int64, in ``out`` if given, BROKEN in rows that were not
+        finite; tokens are the last ones of their slots then, where BROKEN any, and the positions advance by one.
+        """
 
 
 class StepRuns(Protocol):
@@ -101,7 +105,10 @@ class SlotDecoder:
         self._adjuster = Adjuster(cache.num_slots, vocab_size, cache.device)
         self._masker = Masker(vocab_size, cache.device)
         self._seats = Seats()
+        self._outbox = outbox(cache.device)
         self._slots = torch.zeros(cache.num_slots - 1, dtype=torch.int64, device=cache.device)
+        # not memory of graphs, which share theirs
+        self._tokens = torch.zeros_like(self._slots)
         self._rows: tuple[Sequence, ...] | None = None
         self._special: set[Sequence] = set()
         self._redraw: _Redraw | None = None
@@ -125,11 +132,11 @@ class SlotDecoder:
         if (wanted := self._logprobs) is not None:
             drawn = output.tokens[wanted.rows].clamp_(min=0)
             logprobs = to_host(token_logprobs(output.logits[wanted.rows], drawn, max(wanted.nums_top)))
-        tokens = to_host(output.tokens[: len(rows)])
-        self._masker.follow(tokens)
+        tokens, sent = self._outbox.send(output.tokens[: len(rows)])
+        self._masker.follow(tokens, sent)
         if verdict.forced:
             self._release([rows[row].slot for row in verdict.forced])
-        return PendingRows(tokens, logprobs, self._logprobs, verdict.ends, verdict.forced)
+        return PendingRows(tokens, sent, logprobs, self._logprobs, verdict.ends, verdict.forced)
 
     def start(self) -> None:
         self._steps.start()
@@ -163,7 +170,9 @@ class SlotDecoder:
 
     def _draw_from(self, hidden: Tensor, slots: Tensor) -> StepOutput:
         logits = self._model.compute_logits(hidden)  # [B, V]
-        return StepOutput(logits, self._draw(logits, slots, self._tables))
+        # what was drawn in the step before may still be on its way to the host
+        self._outbox.wait()
+        return StepOutput(logits, self._draw(logits, slots, self._tables, self._tokens[: len(slots)]))
 
     def _draw_again(self, output: StepOutput, redraw: _Redraw, mask: Mask | None) -> None:
         logits = output.logits.index_select(0, redraw.rows)  # [A, V]

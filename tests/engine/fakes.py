@@ -121,7 +121,7 @@ class HostTables:
             self.top_k[slot], self.keys[slot], self.positions[slot] = p.top_k, key, position
 
 
-def draw_on_host(logits: Tensor, slots: Tensor, tables: HostTables) -> Tensor:
+def draw_on_host(logits: Tensor, slots: Tensor, tables: HostTables, out: Tensor | None = None) -> Tensor:
     """``fused_sampler.draw_tokens``, likewise."""
     is_finite = logits.sum(-1).isfinite()
     temperature = tables.temperature[slots]
@@ -136,7 +136,8 @@ def draw_on_host(logits: Tensor, slots: Tensor, tables: HostTables) -> Tensor:
     tables.positions[slots] += 1
     tokens = torch.where(temperature < GREEDY_TEMPERATURE, logits.argmax(-1), drawn)
     tables.last_tokens[slots] = tokens
-    return torch.where(is_finite, tokens, BROKEN)
+    told = torch.where(is_finite, tokens, BROKEN)
+    return told if out is None else out.copy_(told)
 
 
 class Replay:

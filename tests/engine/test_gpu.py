@@ -14,6 +14,7 @@ from app.engine.chunk_graphs import ChunkGraphs
 from app.engine.chunks import PackedChunks
 from app.engine.cuda import cuda_runner
 from app.engine.engine import Engine
+from app.engine.host import DeviceOutbox, Mark
 from app.engine.memory import choose_max_num_seqs
 from app.engine.request import FinishReason, GenerationRequest
 from app.engine.runner import Runner
@@ -132,6 +133,24 @@ def test_an_engine_gives_the_tokens_of_the_cpu(model: MambaForCausalLM, mode: st
             assert (event.logprobs is None) == (expected.logprobs is None)
             if event.logprobs is not None and expected.logprobs is not None:
                 assert event.logprobs.logprob == pytest.approx(expected.logprobs.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["fused", "graphs"])
+def test_tokens_that_leave_late_are_not_written_over(
+    model: MambaForCausalLM, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    requests = [mixed_request(i) for i in range(5)]
+    expected = run(make_engine(model, mode), *requests).tokens
+    send = DeviceOutbox.send
+
+    def send_late(self: DeviceOutbox, values: torch.Tensor) -> tuple[torch.Tensor, Mark]:
+        with torch.cuda.stream(self._stream):
+            # many times as long as a step of this model
+            torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]
+        return send(self, values)
+
+    monkeypatch.setattr(DeviceOutbox, "send", send_late)
+    assert run(make_engine(model, mode), *requests).tokens == expected
 
 
 def test_any_number_of_rows_gives_the_tokens_of_one_row_and_padding_touches_nobody(model: MambaForCausalLM) -> None:
