@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,3 +67,16 @@ def tokens() -> Callable[..., torch.Tensor]:
         return torch.randint(0, SIZES["vocab_size"], (rows, columns), generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture
+def source(tiny_model: Callable[..., MambaForCausalLM]) -> MambaForCausalLM:
+    """The model that a checkpoint is written from."""
+    return tiny_model(vocab_size=104)
+
+
+@pytest.fixture
+def saved(source: MambaForCausalLM, tmp_path: Path) -> Path:
+    """A directory as transformers writes it."""
+    source.save_pretrained(tmp_path)
+    return tmp_path

@@ -22,8 +22,8 @@ from app.serving.errors import ClientTooSlow, InvalidRequest, UnsupportedParamet
 from app.serving.limits import ServingLimits
 from app.serving.tokenizer import Tokenizer
 from tests.fakes import FakeEngine, make_info
+from tests.serving.completing import TOKENIZERS, Writes, chunks, complete, join, prepare, says
 from tests.serving.conftest import EOS, make_byte_fallback, train_byte_level
-from tests.serving.test_completions import TOKENIZERS, Writes, chunks, complete, join, prepare, says
 from tests.serving.test_translate import parse
 
 pytestmark = pytest.mark.anyio
