@@ -93,14 +93,13 @@ class Scheduler:
                 samples[sample].constraint = constraint
         self._live[request.request_id] = samples
         self._num_live += len(samples)
-        sequences = list(samples.values())
-        if request.progress is not None:
-            sequences = self._take_up(sequences, request.progress)
-            if not sequences:
-                return
+        sequences, num_scored = list(samples.values()), 0
+        if (progress := request.progress) is not None:
+            sequences, num_scored = self._take_up(sequences, progress), progress.num_scored
+        if not sequences:
+            return
         prefill = _start_prefill(request, sequences, array("q", request.prompt_token_ids))
-        if request.progress is not None:
-            prefill.num_reported = request.progress.num_scored
+        prefill.num_reported = num_scored
         if (first := sequences[0].constraint) is not None:
             _open(prefill, first.opening(request.max_tokens - 1))
         self._queue(prefill)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from app.engine.request import FinishReason, GenerationRequest, TokenEvent
+from app.engine.request import FinishReason, GenerationRequest, Progress, PromptLogprobsEvent, TokenEvent
 from app.engine.scheduler import Scheduler
 from tests.engine.scheduling import STOP, ids, request, spans, step
 
@@ -197,3 +197,10 @@ def test_after_recovery_every_sequence_is_computed_again_alone() -> None:
     assert [spans(plan) for plan in plans] == [[("a", 0, 4)], [("b", 0, 5)], [("c", 0, 1)], []]
     assert [ids(plan) for plan in plans] == [["a"], ["b"], ["c"], ["a", "b", "c"]]
     assert [plan.is_solo for plan in plans] == [True, True, True, False]
+
+
+def test_what_was_told_of_a_prompt_is_not_told_again_to_a_request_that_goes_on() -> None:
+    scheduler = Scheduler(1, 2)
+    scheduler.add(dataclasses.replace(request("a", length=6, logprobs=0), progress=Progress(((),), num_scored=3)))
+    told = [event for _ in range(3) for event in step(scheduler)[1] if isinstance(event, PromptLogprobsEvent)]
+    assert [(event.start, len(event.logprobs)) for event in told] == [(4, 1), (5, 1)]
