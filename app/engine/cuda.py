@@ -46,5 +46,5 @@ def cuda_runner(
 def may_lag(model: MambaForCausalLM, state_dtype: torch.dtype, num_rows: int | None) -> bool:
     """Whether there are steps, of up to ``num_rows``, that are faster if states may lack a token, to the same bits."""
     device = model.backbone.embeddings.weight.device
-    some_are = num_rows is None or is_many(num_rows, model.config.intermediate_size, device)
-    return some_are and state_dtype == torch.float32 and is_applicable(model.backbone)
+    can_be_many = num_rows is None or is_many(num_rows, model.config.intermediate_size, device)
+    return can_be_many and state_dtype == torch.float32 and is_applicable(model.backbone)

@@ -108,7 +108,7 @@ class DeviceOutbox:
 
 
 class HostOutbox:
-    """On a CPU."""
+    """On a CPU, where a launch returns when the work is done: what is sent is kept as it is."""
 
     def send(self, values: Tensor) -> tuple[Tensor, Mark]:
         return values.clone(), HostMark(time.perf_counter())

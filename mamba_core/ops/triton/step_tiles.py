@@ -46,7 +46,7 @@ def some_rows(dim: int, device: torch.device) -> int:
 
 
 def is_many(rows: int, dim: int, device: torch.device) -> bool:
-    """Whether rows of D channels are more than that; states of many may lag, see ``mamba_core.ops.lag``."""
+    """Whether a step goes about so many rows of D channels as about many; see ``some_rows``. Their states may lag."""
     return rows > some_rows(dim, device)
 
 
